@@ -1,0 +1,35 @@
+"""Text environments for multi-turn agents: importing this package registers their ids with gymnasium."""
+
+import gymnasium as gym
+
+gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
+gym.register("turnrl/Snake-v0", entry_point="envs.snake:Snake")
+gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
+
+
+def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
+    """Make a text environment from any gymnasium id ("turnrl/Snake-v0", "Taxi-v4", "module:Id-v0").
+
+    `evaluation` adds the environment's own `evaluation_kwargs` (training penalties switched off). An
+    environment of gymnasium's toy_text family is wrapped into text; another that does not speak
+    text raises ValueError, a wrong id raises gymnasium.error.Error, a wrong keyword TypeError.
+    """
+    if is_toy_text(gym.spec(env_id)):
+        env_id, kwargs = "turnrl/ToyText-v0", {"game": env_id, **kwargs}
+    env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    if evaluation and (changes := getattr(env.unwrapped, "evaluation_kwargs", {})):
+        env = gym.make(env_id, disable_env_checker=True, **{**kwargs, **changes})
+    if not all(isinstance(s, gym.spaces.Text) for s in (env.observation_space, env.action_space)):
+        raise ValueError(f"{env_id} does not speak text: its spaces are {env.observation_space} "
+                         f"and {env.action_space}, not spaces.Text")
+    return env
+
+
+def is_toy_text(spec: gym.envs.registration.EnvSpec) -> bool:
+    return str(spec.entry_point).startswith("gymnasium.envs.toy_text")
+
+
+def known_ids() -> list[str]:
+    """The ids of this package and of the toy_text games it can wrap."""
+    ours = [i for i in gym.registry if i.startswith("turnrl/") and i != "turnrl/ToyText-v0"]
+    return sorted(ours) + sorted(i for i, spec in gym.registry.items() if is_toy_text(spec))

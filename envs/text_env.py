@@ -1,0 +1,49 @@
+"""What every text environment of this package has in common."""
+
+import re
+import string
+
+import gymnasium as gym
+
+CHARSET = frozenset(string.printable)  # letters, digits, punctuation, space and newline
+EVALUATION_SEEDS = 2**30  # reset(seed) below: a training instance; at or above: a held-out instance
+
+
+def parse_action(text: str, legal_words: tuple[str, ...], tagged: bool = False) -> str | None:
+    """The legal word that `text` says, or None.
+
+    The whole text, or with `tagged` what stands inside the first <action>..</action>, is stripped
+    and lower-cased and must then equal a legal word: "go left" is not "left".
+    """
+    if tagged:
+        match = re.search(r"<action>(.*?)</action>", text, flags=re.DOTALL)
+        text = match.group(1) if match else ""
+    word = text.strip().lower()
+    return word if word in legal_words else None
+
+
+class TextEnv(gym.Env):
+    """A gymnasium environment whose observations and actions are text.
+
+    Beyond gymnasium: `instructions` are the rules for a pretrained model (its system message),
+    `demonstrate(rng)` is the next action of a noisy scripted player (for the warm start), and
+    `evaluation_kwargs` are the constructor arguments that differ when a policy is evaluated.
+    """
+
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}
+    instructions = ""
+    evaluation_kwargs: dict = {}
+    max_text = 2000
+
+    def __init__(self, render_mode: str | None = None):
+        self.observation_space = gym.spaces.Text(self.max_text, min_length=0, charset=CHARSET)
+        self.action_space = gym.spaces.Text(self.max_text, min_length=0, charset=CHARSET)
+        self.render_mode = render_mode
+        self.ended = True
+
+    def demonstrate(self, rng) -> str:
+        raise NotImplementedError(f"{type(self).__name__} has no scripted player")
+
+    def check_running(self):
+        if self.ended:
+            raise gym.error.ResetNeeded("the episode has ended: call reset() before step()")
