@@ -1,11 +1,11 @@
 """MS-GRPO: every turn of an episode is credited with the whole episode's group-relative return.
 
-Paper: Dilkes, Yazdanpanah, Stein, "Reinforced Language Models for Sequential Decision Making",
+Paper: Dilkes, Yazdanpanah and Stein, "Reinforced Language Models for Sequential Decision Making",
 arXiv 2508.10839v1. Its abstract and the first author's public repositories were read; the body and
-the training code were not available. This script is a reconstruction: the marks below say from what.
+the training code were not available: this script is a reconstruction, marked below with its sources.
 
-The policy is memoryless: each turn is answered from the current observation alone, so an episode of
-K turns is K training rows. The G episodes of a group start from the same environment seed.
+The policy is memoryless: each turn is answered from the current observation alone, so an episode
+of K turns is K training rows. The G episodes of a group start from the same environment seed.
 
     Eq. 1  R_e = sum_k r_{e,k}                        undiscounted, penalties included   [paper]
     Eq. 2  A_e = (R_e - mean_group R) / (std_group R + 1e-6)                       [author code]
@@ -26,7 +26,7 @@ Deviations and choices
         the number of processes.
     D4  --credit return_to_go and step are controls, not the paper's method.
 
-    python algos/ms_grpo.py        about 2 minutes on 2 CPU cores: success 0.25 -> 0.9 on held-out maps
+    python algos/ms_grpo.py        about 2 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
@@ -42,8 +42,9 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
+from run_folder import Run
 from utils import (
-    DRAW, Policy, Run, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
+    DRAW, Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
     expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank,
     stop, token_logprobs, turn_table, world_size,
 )
@@ -53,40 +54,23 @@ from utils import (
 @dataclasses.dataclass
 class Args(RunArgs):
     # Algorithm specific arguments
-    sampling: Literal["aaw", "uniform", "all"] = "aaw"
-    """which episodes are trained on: drawn by |advantage| (Eq. 5), drawn uniformly, or all"""
-    aaw_power: float = 1.0
-    """exponent of |A| in Eq. 5; 0 is uniform"""
-    episodes_per_update: int | None = None
-    """episodes drawn per update, M in Eq. 5; default: half of those collected"""
-    replacement: bool = True
-    """draw with replacement"""
-    scale: Literal["group_std", "none"] = "group_std"
-    """what the centred return is divided by (Eq. 2); none is Dr. GRPO's choice"""
-    degrees_of_freedom: int = 1
-    """1: unbiased standard deviation in Eq. 2, 0: population"""
-    credit: Literal["episode", "return_to_go", "step"] = "episode"
-    """what a turn is credited with: the episode return (Eq. 3) or, as controls, what follows"""
-    aggregation: Literal["token_mean", "turn_mean", "episode_mean"] = "token_mean"
-    """what has equal weight in the mean of Eq. 4"""
-    clip_low: float = 0.2
-    """lower clipping distance of the probability ratio (Eq. 4)"""
-    clip_high: float = 0.2
-    """upper clipping distance of the probability ratio (Eq. 4)"""
-    dual_clip: float | None = None
-    """bound of the ratio where the advantage is negative (author: 3); default: off"""
-    kl_coefficient: float = 0.0
-    """weight of KL(policy || start policy), estimator k3, in Eq. 4"""
-    kl_in_reward: float = 0.0
-    """weight of the k1 estimate of the same KL subtracted from the rewards"""
-    entropy_coefficient: float = 0.001
-    """weight of the entropy bonus, c in Eq. 4"""
-    history_turns: int = 0
-    """earlier turns that the policy sees besides the current observation"""
-    num_epochs: int = 1
-    """passes over the drawn episodes"""
-    num_minibatches: int = 2
-    """optimizer steps per pass"""
+    sampling: Literal["aaw", "uniform", "all"] = "aaw"  # draw by |A| (Eq. 5), evenly, or all
+    aaw_power: float = 1.0  # exponent of |A| in Eq. 5; 0 is uniform
+    episodes_per_update: int | None = None  # M in Eq. 5; default: half of the episodes collected
+    replacement: bool = True  # draw with replacement (Eq. 5)
+    scale: Literal["group_std", "none"] = "group_std"  # divide by the group's std (Eq. 2) or not
+    degrees_of_freedom: int = 1  # of that std: 1 unbiased, 0 population
+    credit: Literal["episode", "return_to_go", "step"] = "episode"  # Eq. 3, or a control
+    aggregation: Literal["token_mean", "turn_mean", "episode_mean"] = "token_mean"  # mean in Eq. 4
+    clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 4
+    clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 4
+    dual_clip: float | None = None  # bound on the ratio where A < 0 (author code: 3); default off
+    kl_coefficient: float = 0.0  # weight of KL(policy || start policy), estimator k3, in Eq. 4
+    kl_in_reward: float = 0.0  # weight of the k1 estimate of that KL, subtracted from the rewards
+    entropy_coefficient: float = 0.001  # weight of the entropy bonus, c in Eq. 4
+    history_turns: int = 0  # earlier turns the policy sees besides the current observation
+    num_epochs: int = 1  # passes over the drawn episodes
+    num_minibatches: int = 2  # optimizer steps per pass
 
 
 # === 3. Advantages ===============================================================================
@@ -216,7 +200,7 @@ def aggregation_weights(turn_id: Tensor, episode_id: Tensor, aggregation: str) -
     if aggregation == "episode_mean":
         _, episode, played = (keys // turns).unique(return_inverse=True, return_counts=True)
         weights = weights / played[episode]
-    return torch.zeros_like(turn_id, dtype=torch.float).masked_scatter(mask, weights[inverse].float())
+    return torch.zeros(turn_id.shape, device=turn_id.device).masked_scatter(mask, weights[inverse])
 
 
 def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, clip_low: float,
@@ -322,7 +306,8 @@ def main(args: Args) -> dict[str, float]:
 
             # 5. log (evaluation and checkpoints: run.iterations)
             signal = (weights.view(-1, args.group_size) > 0).any(1).double()
-            metrics = {"groups_without_signal": 1 - signal.mean().item(), "optimizer_steps": len(updates)}
+            metrics = {"groups_without_signal": 1 - signal.mean().item(),
+                       "optimizer_steps": len(updates)}
             if updates:
                 drawn_advantages = advantages[torch.as_tensor(drawn)]
                 metrics |= {"effective_episodes": 1 / (weights**2).sum().item() / num_episodes,

@@ -1,4 +1,4 @@
-"""Text environments for multi-turn agents: importing this package registers their ids with gymnasium."""
+"""Text environments for multi-turn agents; importing this package registers their ids."""
 
 import gymnasium as gym
 
@@ -10,9 +10,9 @@ gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
 def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
     """Make a text environment from any gymnasium id ("turnrl/Snake-v0", "Taxi-v4", "module:Id-v0").
 
-    `evaluation` adds the environment's own `evaluation_kwargs` (training penalties switched off). An
-    environment of gymnasium's toy_text family is wrapped into text; another that does not speak
-    text raises ValueError, a wrong id raises gymnasium.error.Error, a wrong keyword TypeError.
+    `evaluation` adds the environment's own `evaluation_kwargs` (training penalties off). A game of
+    gymnasium's toy_text family is wrapped into text; another environment that does not speak text
+    raises ValueError, a wrong id gymnasium.error.Error, a wrong keyword TypeError.
     """
     if is_toy_text(gym.spec(env_id)):
         env_id, kwargs = "turnrl/ToyText-v0", {"game": env_id, **kwargs}

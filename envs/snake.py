@@ -1,6 +1,6 @@
 """turnrl/Snake-v0: eat apples, do not hit a wall or a snake, while a second snake moves at random.
 
-Description: the competitive snake game of Dilkes et al. (arXiv 2508.10839) with our own rules engine.
+Description: the competitive snake game of Dilkes et al. (arXiv 2508.10839), rules engine our own.
 Action: up, down, left or right; the whole board moves at once. Any other text plays `up`, costs
     `format_penalty` and is answered by a line of feedback.
 Observation: rows from top to bottom: 1 own head, 2 enemy head, T any body, A apple, _ empty.
@@ -121,9 +121,9 @@ class Snake(TextEnv):
                 "legal_actions": list(MOVES)}
 
     def observation(self) -> str:
-        signs = {cell: "A" for cell in self.apples}
+        signs = dict.fromkeys(self.apples, "A")
         for i, body in self.snakes.items():
-            signs |= {cell: "T" for cell in body[1:]} | {body[0]: "1" if i == 0 else "2"}
+            signs |= dict.fromkeys(body[1:], "T") | {body[0]: "1" if i == 0 else "2"}
         rows = [[signs.get((x, y), "_") for x in range(self.width)]
                 for y in reversed(range(self.height))]
         if not self.author_text:

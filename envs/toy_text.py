@@ -1,9 +1,9 @@
-"""turnrl/ToyText-v0: gymnasium's own toy_text games (FrozenLake, CliffWalking, Taxi, Blackjack) in words.
+"""turnrl/ToyText-v0: gymnasium's FrozenLake, CliffWalking, Taxi and Blackjack in words.
 
-Description: an adapter. `--env-id Taxi-v4` (or any other id of gymnasium's toy_text family) plays the
-    game through it; the rules, rewards and episode ends are gymnasium's.
-Action: one of the game's words, see GAMES. Any other text leaves the game as it is, costs a turn and
-    `format_penalty`, and is answered by a line of feedback.
+Description: an adapter. `--env-id Taxi-v4` (or any other id of gymnasium's toy_text family) plays
+    the game through it; the rules, rewards and episode ends are gymnasium's.
+Action: one of the game's words, see GAMES. Any other text leaves the game as it is, costs a turn
+    and `format_penalty`, and is answered by a line of feedback.
 Observation: the map for the grid games, a sentence for Taxi and Blackjack.
 Episode end: the game's own; truncated after `max_turns` turns. success = reward above 0 at the end
     (Cliff walking: the goal is reached, which alone ends that game).

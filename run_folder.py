@@ -1,0 +1,246 @@
+"""The run folder of a script: flags, log, evaluation, checkpoints, resume, signals, curve.
+
+Nothing here is needed to understand an algorithm: a script calls run.restore once, iterates over
+run.iterations, calls run.log in every iteration and run.finish at the end.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+import torch.distributed as dist
+import tqdm
+import transformers
+
+from envs.episodes import EnvironmentFault, Episode
+from utils import (
+    Policy, RunArgs, all_reduce_sum, check_args, episode_metrics, make_envs, quiet, rank,
+    short_name, stop, world_size,
+)
+
+MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "eval_only", "save_every", "run_dir", "track",
+                        "compile", "print_samples", "micro_batch_tokens", "device"}
+
+
+class Run:
+    """A run folder and what goes into it; `with Run(args, "ms_grpo") as run:` guards a run.
+
+    args.json, metrics.csv (a row per iteration), samples.jsonl, checkpoint/ (a transformers folder
+    with trainer_state.pt), summary.json, curve.png.
+    """
+
+    def __init__(self, args: RunArgs, algo: str):
+        check_args(args)
+        if world_size() > 1 and not dist.is_initialized():  # launched by torchrun
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size()))
+        torch.set_float32_matmul_precision("high")
+        self.args, self.start, self.signal, self.training, self.writer = args, 0, 0, False, None
+        self.rows: list[dict[str, Any]] = []  # of metrics.csv
+        self.totals = {"generated_tokens": 0, "environment_steps": 0}
+        self.clock = time.perf_counter()  # on resume moved back by the seconds spent before
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{short_name(args.env_id)}__{algo}__{args.seed}__{stamp}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        if args.resume:
+            self.check_resume(algo)
+        self.eval_envs = make_envs(args, min(args.eval_episodes, 256), evaluation=True)
+        if rank() == 0 and not args.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                    capture_output=True, text=True).stdout.strip()
+            versions = {"python": platform.python_version(), "torch": torch.__version__,
+                        "transformers": transformers.__version__, "gymnasium": gym.__version__}
+            record = {"algo": algo, "args": dataclasses.asdict(args), "versions": versions}
+            record["versions"]["commit"] = commit
+            (self.folder / "args.json").write_text(json.dumps(record, indent=1))
+        if args.track != "none" and rank() == 0:
+            try:
+                if args.track == "wandb":
+                    import wandb
+                    wandb.init(project="turnrl", name=name, config=dataclasses.asdict(args),
+                               sync_tensorboard=True)
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(str(self.folder))
+            except ImportError as error:
+                stop(f"--track {args.track}: {error} (pip install tensorboard {args.track})")
+
+    def check_resume(self, algo: str):
+        try:
+            record = json.loads((self.folder / "args.json").read_text())
+            saved, now = {"algo": record["algo"], **record["args"]}, {"algo": algo}
+        except (OSError, ValueError, KeyError):
+            stop(f"--resume {self.folder}: no run folder with a readable args.json")
+        now |= dataclasses.asdict(self.args)
+        other = [f"{name} {saved.get(name)} (now {value})" for name, value in now.items()
+                 if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value]
+        if other:
+            stop(f"--resume {self.folder} was made with other settings: {', '.join(other)}")
+
+    def __enter__(self) -> "Run":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        return self
+
+    def on_signal(self, number: int, frame):
+        if not self.training or self.signal:  # nothing to save yet, or asked twice
+            raise SystemExit(128 + number)
+        self.signal = number
+        print("stopping after this iteration (again: at once)", file=sys.stderr)
+
+    def __exit__(self, kind, error, traceback):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if isinstance(error, EnvironmentFault):
+            self.write_samples("fault", [error.episode])
+            stop(f"{error} (the episode is in {self.folder / 'samples.jsonl'})")
+        if kind is None and world_size() > 1:
+            dist.barrier()  # gloo aborts if a process leaves while others still talk
+            dist.destroy_process_group()
+
+    def restore(self, policy: Policy, **state):
+        """With --resume: load the checkpoint into the policy and into `state` (objects by name)."""
+        if not self.args.resume:
+            return
+        folder = self.folder / "checkpoint"
+        if not folder.exists():  # killed between the two renames of save()
+            folder = self.folder / "checkpoint.old"
+        try:
+            saved = torch.load(folder / "trainer_state.pt", policy.device, weights_only=True)
+            model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
+            policy.model.load_state_dict(model.state_dict())
+            for name, target in state.items():
+                target.load_state_dict(saved[name])
+            with open(self.folder / "metrics.csv", newline="") as file:
+                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)
+                             if int(row["iteration"]) <= saved["iteration"]]
+        except Exception as error:  # torch, safetensors and pickle each have their own
+            stop(f"--resume {self.folder}: its checkpoint cannot be read ({type(error).__name__})")
+        self.start, self.totals = saved["iteration"], saved["totals"]
+        self.clock -= saved["seconds"]
+
+    def save(self, policy: Policy, **state):
+        """Write a checkpoint under another name, then rename it: a kill leaves a readable one."""
+        new, current, old = (self.folder / f"checkpoint{end}" for end in (".new", "", ".old"))
+        shutil.rmtree(new, ignore_errors=True)
+        policy.save(new)
+        seconds = time.perf_counter() - self.clock
+        torch.save({"iteration": int(self.rows[-1]["iteration"]), "totals": self.totals,
+                    "seconds": seconds, **{name: x.state_dict() for name, x in state.items()}},
+                   new / "trainer_state.pt")
+        if current.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def iterations(self, policy: Policy, evaluation: Callable, **state) -> Iterator[int]:
+        """The iteration numbers; around them evaluates, saves, shows progress, obeys signals.
+
+        evaluation() returns (metrics, episodes); `state` is what a checkpoint must hold.
+        """
+        args, self.training = self.args, True
+        if not self.rows:
+            self.rows.append({"iteration": 0})
+        if self.start == 0 or args.eval_only:
+            self.evaluated(*evaluation())
+        steps = range(self.start, self.start if args.eval_only else args.num_iterations)
+        self.progress = tqdm.tqdm(steps, "train", args.num_iterations, initial=self.start,
+                                  disable=quiet())
+        for iteration in self.progress:
+            yield iteration
+            done, last = iteration + 1, iteration + 1 == args.num_iterations
+            if (done % args.eval_every == 0 or last) and not self.signal:
+                self.evaluated(*evaluation())
+            if (done % args.save_every == 0 or last or self.signal) and rank() == 0:
+                self.save(policy, **state)
+            if self.signal:
+                print(f"stopped; continue with --resume {self.folder}", file=sys.stderr)
+                raise SystemExit(128 + self.signal)
+
+    def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float]):
+        """Start the row of an iteration: what the episodes were like and what the update did."""
+        train = episode_metrics(episodes)
+        steps = all_reduce_sum(torch.tensor([
+            sum(len(e.turns) for e in episodes),
+            sum(len(turn.token_ids) for e in episodes for turn in e.turns)])).tolist()
+        self.totals["environment_steps"] += steps[0]
+        self.totals["generated_tokens"] += steps[1]
+        self.rows.append({"iteration": iteration + 1})
+        self.write({f"train_{name}": value for name, value in train.items()} | metrics)
+        speed = self.totals["generated_tokens"] / (time.perf_counter() - self.clock)
+        self.progress.set_postfix_str(
+            f"success {train['success']:.2f}, return {train['return']:.2f}, "
+            f"kl {metrics.get('approx_kl', 0):.4f}, {speed:.0f} tokens/s", refresh=False)
+
+    def evaluated(self, metrics: dict[str, float], episodes: list[Episode]):
+        """Add an evaluation to the row of the iteration."""
+        self.write({f"eval_{name}": value for name, value in metrics.items()})
+        iteration = int(self.rows[-1]["iteration"])
+        self.write_samples(iteration, episodes[:8])
+        if rank() == 0:
+            shown = self.args.print_samples * (iteration in (self.start, self.args.num_iterations))
+            for episode in episodes[:shown]:
+                tqdm.tqdm.write(f"\nafter {iteration} iterations, held-out seed {episode.seed}:\n"
+                                f"{episode.transcript()}\n")
+            tqdm.tqdm.write(f"iteration {iteration:4d}  success {metrics['success']:.3f}  return "
+                            f"{metrics['return']:+.3f}  {self.rows[-1]['seconds']:.0f} s")
+
+    def write(self, metrics: dict[str, float]):
+        """Add to the current row; metrics.csv is replaced as a whole."""
+        self.rows[-1] |= metrics | self.totals | {
+            "seconds": round(time.perf_counter() - self.clock, 2)}
+        if rank() == 0:
+            with open(self.folder / "metrics.new", "w", newline="") as file:
+                table = csv.DictWriter(file, list(dict.fromkeys(k for r in self.rows for k in r)))
+                table.writeheader()
+                table.writerows(self.rows)
+            (self.folder / "metrics.new").replace(self.folder / "metrics.csv")
+        for name, value in metrics.items() if self.writer else ():
+            self.writer.add_scalar(name, value, int(self.rows[-1]["iteration"]))
+
+    def write_samples(self, iteration: int | str, episodes: list[Episode]):
+        with open(self.folder / "samples.jsonl", "a") as file:
+            for e in episodes if rank() == 0 else ():
+                record = {"iteration": iteration, "seed": e.seed, "success": e.success,
+                          "return": e.total_reward, "last_observation": e.observation,
+                          "turns": [[t.observation, t.action, t.reward] for t in e.turns]}
+                file.write(json.dumps(record) + "\n")
+
+    def finish(self) -> dict[str, float]:
+        """Write summary.json and curve.png; the summary."""
+        evals = [row for row in self.rows if "eval_success" in row]
+        summary = {f"{name}_{when}": float(row[f"eval_{name}"]) for name in ("success", "return")
+                   for when, row in (("start", evals[0]), ("end", evals[-1]))}
+        summary |= {"iterations": int(evals[-1]["iteration"]), **self.totals,
+                    "seconds": round(time.perf_counter() - self.clock, 1)}
+        if rank() == 0:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            self.plot(evals)
+            print("success {success_start:.3f} -> {success_end:.3f}, return {return_start:.3f} -> "
+                  "{return_end:.3f}, {seconds:.0f} s: ".format(**summary) + str(self.folder))
+        return summary
+
+    def plot(self, evals: list[dict[str, Any]]):
+        from matplotlib.figure import Figure
+        figure = Figure((9, 3.2), layout="constrained")
+        for axis, name in zip(figure.subplots(1, 2), ("success", "return"), strict=True):
+            for rows, kind, style in ((self.rows[1:], "train", "C7-"), (evals, "eval", "C0o-")):
+                axis.plot([int(row["iteration"]) for row in rows],
+                          [float(row[f"{kind}_{name}"]) for row in rows], style, label=kind)
+            axis.set(xlabel="iteration", ylabel=name)
+        axis.legend()
+        figure.suptitle(self.folder.name, fontsize=9)
+        figure.savefig(self.folder / "curve.png", dpi=120)
