@@ -219,7 +219,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None) -> Policy:
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
-NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_LEARNING_RATE = 512, 128, 2e-3
+NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_LEARNING_RATE = 2048, 64, 2e-3
 
 
 def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
@@ -340,8 +340,8 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
     """
     logprobs = torch.log_softmax(logits / temperature, dim=-1)  # (B, V)
     cumulative = logprobs.double().exp().cumsum(-1)
-    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)  # (B, 1)
+    threshold = (1 - uniforms.to(cumulative))[:, None] * cumulative[:, -1:]  # > 0 and <= the sum
+    tokens = torch.searchsorted(cumulative, threshold)  # (B, 1), never of probability 0
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 

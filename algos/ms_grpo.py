@@ -2,7 +2,7 @@
 
 Paper: Dilkes, Yazdanpanah and Stein, "Reinforced Language Models for Sequential Decision Making",
 arXiv 2508.10839v1. Its abstract and the first author's public repositories were read; the body and
-the training code were not available: this script is a reconstruction, marked below with its sources.
+the training code were not available. This is a reconstruction; the sources are marked below.
 
 The policy is memoryless: each turn is answered from the current observation alone, so an episode
 of K turns is K training rows. The G episodes of a group start from the same environment seed.

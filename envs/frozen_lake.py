@@ -95,23 +95,26 @@ class FrozenLake(TextEnv):
     def render(self) -> str:
         return self.observation()
 
-    def demonstrate(self, rng, noise: float = 0.4) -> str:
+    def demonstrate(self, rng, noise: float = 0.5) -> str:
         """The first step of a shortest safe path, or with probability `noise` any word."""
-        if rng.random() < noise:
-            return ACTIONS[rng.integers(4)]
+        word = ACTIONS[rng.integers(4)] if rng.random() < noise else self.shortest_path(rng)[0]
+        return f"<action>{word}</action>" if self.tagged else word
+
+    def shortest_path(self, rng) -> list[str]:
+        """The words of a shortest path to the goal, from the player's cell."""
         frozen, size = "".join(self.desc), self.size
-        queue, first_moves = deque([self.state]), {self.state: []}
+        queue, paths = deque([self.state]), {self.state: []}
         while queue:
             here = queue.popleft()
             if frozen[here] == "G":
-                return first_moves[here][0]
+                return paths[here]
             row, column = divmod(here, size)
             for index in rng.permutation(4):  # so that equally short paths are equally likely
                 dx, dy = ((-1, 0), (0, 1), (1, 0), (0, -1))[index]
                 x, y = column + dx, row + dy
                 there = y * size + x
                 on_board = 0 <= x < size and 0 <= y < size
-                if on_board and frozen[there] != "H" and there not in first_moves:
-                    first_moves[there] = first_moves[here] or [ACTIONS[index]]
+                if on_board and frozen[there] != "H" and there not in paths:
+                    paths[there] = [*paths[here], ACTIONS[index]]
                     queue.append(there)
         raise AssertionError("the generator guarantees a path")

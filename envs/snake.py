@@ -138,11 +138,14 @@ class Snake(TextEnv):
     def render(self) -> str:
         return self.observation()
 
-    def demonstrate(self, rng, noise: float = 0.4) -> str:
+    def demonstrate(self, rng, noise: float = 0.5) -> str:
         """Towards the nearest apple along a safe cell, or with probability `noise` any word."""
         words = [list(MOVES)[i] for i in rng.permutation(4)]
-        if rng.random() < noise:
-            return words[0]
+        word = words[0] if rng.random() < noise else self.greedy_move(words)
+        return f"<action>{word}</action>" if self.tagged else word
+
+    def greedy_move(self, words: list[str]) -> str:
+        """The first of `words` that leads closest to an apple without dying, if any does."""
         cells = {cell for body in self.snakes.values() for cell in body}
         targets = {word: tuple(np.add(self.snakes[0][0], MOVES[word]).tolist()) for word in words}
         safe = [w for w in words if self.on_board(targets[w]) and targets[w] not in cells]

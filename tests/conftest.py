@@ -1,0 +1,78 @@
+"""Nothing here or in any test downloads anything: models are made from random configurations."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from envs.episodes import start_episodes
+from utils import Policy, RunArgs, make_tiny
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def byte_tokenizer(template: str, specials: list[str], end: str):
+    """One token a byte, plus special tokens; padding is the end token, as in many checkpoints."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(specials)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=template, eos_token=end, pad_token=end)
+
+
+def random_model(kind: str, vocab_size: int, context: int = 2048):
+    torch.manual_seed(0)
+    config = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[kind](
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=context,
+        initializer_range=0.3)  # wide enough that attention mistakes show in the logits
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def chat_policy(request) -> Policy:
+    """A random model with a ChatML template and pad == end-of-turn."""
+    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    return Policy(random_model(request.param, len(tokenizer)), tokenizer, "cpu", "Play well.")
+
+
+@pytest.fixture
+def chat_folder(tmp_path) -> str:
+    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu").save(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+@pytest.fixture
+def tiny_policy() -> Policy:
+    """The tiny model before its warm start."""
+    return Policy(*make_tiny(RunArgs(), ["left", "down", "right", "up"] * 9), "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """Warm starts of the tests go to a folder of their own, shared by all tests of a session."""
+    os.environ["TURNRL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def started():
+    """Environments and their episodes, reset: started("turnrl/Snake-v0", [1, 2])."""
+    from envs import make_env
+
+    def start(env_id: str, seeds: list[int], **kwargs):
+        envs = [make_env(env_id, **kwargs) for _ in seeds]
+        return envs, start_episodes(envs, seeds)
+    return start

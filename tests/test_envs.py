@@ -1,0 +1,337 @@
+"""Rules, seeds and splits of the environments."""
+
+import copy
+import string
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from envs import known_ids, make_env
+from envs.frozen_lake import FrozenLake
+from envs.snake import Snake
+from envs.text_env import CHARSET, EVALUATION_SEEDS, parse_action
+from envs.toy_text import ToyText
+
+OURS = [FrozenLake, Snake, ToyText]
+VARIANTS = [
+    lambda: FrozenLake(), lambda: FrozenLake(size=6, max_turns=15, slippery=True),
+    lambda: FrozenLake(author_text=True, tagged=True), lambda: FrozenLake(coordinates=True),
+    lambda: Snake(), lambda: Snake(opponents=0), lambda: Snake(width=4, height=7, opponents=3),
+    lambda: Snake(author_text=True, tagged=True),
+    *[lambda game=game: ToyText(game) for game in known_ids() if not game.startswith("turnrl/")]]
+
+
+def play(env, seed, rng, noise=0.5):
+    """A whole episode of the scripted player: observations, rewards, end flags, last info."""
+    observation, info = env.reset(seed=seed)
+    observations, rewards, end = [observation], [], (False, False)
+    while not any(end):
+        observation, reward, *end, info = env.step(env.demonstrate(rng, noise=noise))
+        observations.append(observation)
+        rewards.append(reward)
+    return observations, rewards, end, info
+
+
+@pytest.mark.parametrize("make", VARIANTS)
+def test_gymnasium_accepts_the_environment(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(make(), skip_render_check=True)
+
+
+@pytest.mark.parametrize("make", VARIANTS)
+def test_long_noisy_play_stays_inside_the_spaces_and_ends(make):
+    env, rng, ends = make(), np.random.default_rng(0), set()
+    for seed in range(60):
+        observations, rewards, end, info = play(env, seed, rng)
+        assert all(observation in env.observation_space for observation in observations)
+        assert all(type(reward) is float and np.isfinite(reward) for reward in rewards)
+        assert len(rewards) <= env.max_turns and list(end).count(True) == 1
+        assert type(info["success"]) is bool and set(info["legal_actions"])
+        ends.add(tuple(end))
+    if type(env) is not ToyText:
+        assert ends == {(True, False), (False, True)}, "both ends must occur"
+
+
+@pytest.mark.parametrize("make", VARIANTS)
+def test_any_text_is_an_action_and_costs_the_penalty(make):
+    env, rng = make(), np.random.default_rng(0)
+    letters = sorted(CHARSET) + list("é█\x00\u2028😀")
+    texts = ["", " ", "\n", "go left", "<action>", "</action>up<action>", "left right", "LEFT UP"]
+    texts += ["".join(rng.choice(letters, size=rng.integers(30))) for _ in range(200)]
+    env.reset(seed=0)
+    for text in texts:
+        observation, reward, terminated, truncated, info = env.step(text)
+        assert info["invalid_action"] and "Unknown action" in observation
+        assert observation in env.observation_space
+        if terminated or truncated:
+            env.reset(seed=1)
+    env.reset(seed=2)
+    free = make()
+    free.format_penalty = 0.0
+    free.reset(seed=2)
+    assert env.step("?")[1] == pytest.approx(free.step("?")[1] - 1.0)
+
+
+@pytest.mark.parametrize("make", VARIANTS)
+def test_a_seed_determines_the_episode(make):
+    first, second = make(), make()
+    for seed in range(10):
+        one = play(first, seed, np.random.default_rng(seed))
+        assert one == play(second, seed, np.random.default_rng(seed))
+        assert one == play(first, seed, np.random.default_rng(seed)), "a second reset repeats it"
+
+
+@pytest.mark.parametrize("make", [v for v in VARIANTS if type(v()) is not ToyText])
+def test_another_seed_gives_another_instance(make):
+    env = make()
+    assert len({env.reset(seed=seed)[0] for seed in range(20)}) > 10
+
+
+@pytest.mark.parametrize("make", VARIANTS)
+def test_a_deep_copy_is_a_fork(make):
+    env, rng = make(), np.random.default_rng(0)
+    for seed in range(20):
+        env.reset(seed=seed)
+        if any(env.step(env.demonstrate(rng, noise=0.0))[2:4]):
+            continue
+        fork = copy.deepcopy(env)
+        word = env.demonstrate(np.random.default_rng(seed))
+        expected = fork.step(word)
+        assert env.step(word) == expected, "the copy went on exactly like the original"
+
+
+@pytest.mark.parametrize("make", VARIANTS)
+def test_a_step_after_the_end_is_refused(make):
+    env = make()
+    play(env, 0, np.random.default_rng(0))
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step("left")
+
+
+def test_parse_action_accepts_exactly_a_legal_word():
+    words = ("left", "up")
+    accepted = {" Left\n": "left", "UP": "up"}
+    rejected = ["", "left up", "go left", "left.", "lef", "<action>left</action>", "down"]
+    assert {text: parse_action(text, words) for text in accepted} == accepted
+    assert all(parse_action(text, words) is None for text in rejected)
+    tagged = {"<think>up?</think><action> Left </action>": "left", "<action>left": None,
+              "left": None, "<action>up</action><action>left</action>": "up",
+              "<action>go up</action>": None}
+    assert {text: parse_action(text, words, tagged=True) for text in tagged} == tagged
+
+
+# --- Frozen Lake ---------------------------------------------------------------------------------
+
+
+def lake(rows, **kwargs):
+    env = FrozenLake(**kwargs)
+    env.reset(seed=0)
+    env.start(rows)
+    return env
+
+
+def test_frozen_lake_rules_step_by_step():
+    rows = ["SFFF", "FHFH", "FFFH", "HFFG"]
+    env = lake(rows)
+    states, results = [], []
+    for word in ["down", "down", "right", "right", "down", "right"]:
+        results.append(env.step(word)[1:4])
+        states.append(env.state)
+    assert states == [4, 8, 9, 10, 14, 15]
+    assert results == [(0.0, False, False)] * 5 + [(1.0, True, False)]
+
+    env = lake(rows)
+    env.step("down")
+    *result, info = env.step("right")
+    assert result[1:] == [0.0, True, False] and env.state == 5 and not info["success"]
+
+    env = lake(rows)
+    ends = [env.step("left")[2:4] for _ in range(8)]
+    assert env.state == 0 and ends == [(False, False)] * 7 + [(False, True)]
+
+    env = lake(rows)
+    observation, reward, _, _, info = env.step("jump")
+    assert (env.state, reward, info["invalid_action"]) == (0, -1.0, True)
+    assert observation.endswith("P___\n_O_O\n___O\nO__G")
+
+
+def test_the_goal_on_the_last_allowed_turn_is_one_end_with_reward_1():
+    env = lake(["SFFF", "FHFH", "FFFH", "HFFG"], max_turns=6)
+    for word in ["down", "down", "right", "right", "down"]:
+        env.step(word)
+    assert env.step("right")[1:4] == (1.0, True, False)
+
+
+def test_frozen_lake_texts():
+    rows = ["SFFF", "HHFF", "FHHF", "HFFG"]
+    assert lake(rows).observation() == "P___\nOO__\n_OO_\nO__G"
+    assert lake(rows, coordinates=True).observation().splitlines()[4:] == [
+        "Player position: (0, 3)",
+        "Holes: (0, 2), (1, 2), (1, 1), (2, 1), (0, 0)", "Goal: (3, 0)"]
+    author = lake(rows, author_text=True).observation().splitlines()
+    assert author[0] == "P player, O hole, G goal, _ ice" and author[1] == "P _ _ _"
+
+
+def test_no_held_out_map_is_met_in_training():
+    env = FrozenLake()
+
+    def maps(seeds):
+        found = set()
+        for seed in seeds:
+            env.reset(seed=seed)
+            found.add("".join(env.desc))
+        return found
+
+    training, held_out = maps(range(2000)), maps(range(EVALUATION_SEEDS, EVALUATION_SEEDS + 256))
+    assert len(training) > 400 and len(held_out) > 80
+    assert not training & held_out
+
+
+def test_a_reset_without_a_seed_stays_in_its_split():
+    env = FrozenLake()
+    env.reset(seed=EVALUATION_SEEDS)
+    held_out = set()
+    for _ in range(50):
+        env.reset()
+        held_out.add("".join(env.desc))
+    env.reset(seed=0)
+    for _ in range(300):
+        env.reset()
+        assert "".join(env.desc) not in held_out
+
+
+def test_the_scripted_walker_without_noise_always_arrives_by_a_shortest_path():
+    env, rng = FrozenLake(), np.random.default_rng(0)
+    for seed in range(100):
+        _, rewards, _, info = play(env, seed, rng, noise=0.0)
+        assert info["success"] and len(rewards) == 6
+
+
+# --- Snake ---------------------------------------------------------------------------------------
+# own cells (head first), enemy cells, apples, own move, enemy move -> reward, own, enemy alive
+SNAKE_TABLE = [
+    ([(2, 2)], [(0, 0)], [(2, 3)], "up", "right", 0.99, [(2, 3), (2, 2)], True),
+    ([(0, 2)], [(4, 4)], [], "left", "left", -2.01, None, True),  # wall
+    ([(2, 3), (2, 2)], [(0, 0)], [], "down", "right", -2.01, None, True),  # reversal
+    ([(2, 2)], [(0, 0)], [], "down", "right", -0.01, [(2, 1)], True),  # length 1 may reverse
+    ([(1, 1), (1, 2), (2, 2), (2, 1)], [(4, 4)], [], "right", "left", -2.01, None, True),  # tail
+    ([(1, 1)], [(3, 1)], [], "right", "left", -2.01, None, False),  # head on head
+    ([(1, 1)], [(3, 1)], [(2, 1)], "right", "left", -2.01, None, False),  # ... on an apple
+    ([(1, 1)], [(2, 1)], [], "right", "left", -2.01, None, False),  # swap
+    ([(1, 1)], [(2, 1)], [], "right", "up", -2.01, None, True),  # cell about to be left
+    ([(1, 1)], [(2, 2), (2, 1)], [], "right", "up", -2.01, None, True),
+    ([(1, 1)], [(4, 4)], [], "right", "right", -0.01, [(2, 1)], False),  # the enemy dies
+]
+
+
+@pytest.mark.parametrize("own,enemy,apples,move,enemy_move,reward,after,enemy_alive", SNAKE_TABLE)
+def test_snake_rules(own, enemy, apples, move, enemy_move, reward, after, enemy_alive):
+    env = Snake()
+    env.reset(seed=0)
+    env.start([list(own), list(enemy)], apples)
+    env.opponent_move = lambda body: enemy_move
+    _, got, terminated, truncated, info = env.step(move)
+    assert got == pytest.approx(reward)
+    assert env.snakes.get(0) == after
+    assert (1 in env.snakes) == enemy_alive
+    assert terminated == (after is None or not enemy_alive) and not truncated
+    assert info["success"] == (terminated and after is not None)
+    if after is None and apples:
+        assert env.apples == apples, "no apple is eaten by a snake that dies"
+
+
+def test_snake_cells_all_differ_and_eaten_apples_come_back():
+    env, rng = Snake(width=4, height=6, apples=5, opponents=2), np.random.default_rng(0)
+    for seed in range(200):
+        env.reset(seed=seed)
+        ended = False
+        while not ended:
+            cells = [cell for body in env.snakes.values() for cell in body] + env.apples
+            assert len(set(cells)) == len(cells) and len(env.apples) == 5
+            ended = any(env.step(env.demonstrate(rng))[2:4])
+
+
+def test_snake_opponent_avoids_walls_and_its_body_and_draws_once_a_step():
+    env = Snake()
+    env.reset(seed=0)
+    state = env.opponent_rng.bit_generator.state
+    moves = {env.opponent_move([(0, 0)]) for _ in range(50)}
+    assert moves == {"up", "right"}
+    assert {env.opponent_move([(0, 0), (0, 1)]) for _ in range(50)} == {"right"}
+    assert {env.opponent_move([(0, 0), (0, 1), (1, 1), (1, 0)]) for _ in range(50)} == {"right"}
+    env.opponent_rng.bit_generator.state = state
+    env.opponent_move([(2, 2)])
+    drawn_once = np.random.default_rng(0)
+    drawn_once.bit_generator.state = state
+    drawn_once.random()
+    assert env.opponent_rng.random() == drawn_once.random()
+
+
+def test_snake_texts():
+    env = Snake(width=4, height=3)
+    env.reset(seed=0)
+    env.start([[(1, 1), (1, 0)], [(3, 2)]], [(0, 0)])
+    assert env.observation() == "___2\n_1__\nAT__"
+    env.author_text = True
+    assert env.observation().splitlines()[0] == "Board: 4 x 3"
+    assert env.observation().splitlines()[-3:] == ["_ _ _ 2", "_ 1 _ _", "A T _ _"]
+
+
+def test_snake_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        Snake(width=2, height=2)
+
+
+# --- toy_text and make_env -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("game,start", [
+    ("FrozenLake-v1", "[S]FFF\nFHFH\nFFFH\nHFFG"), ("CliffWalking-v1", "o  o  o"),
+    ("Taxi-v4", "Stops: Red (row 0, column 0)"), ("Blackjack-v1", "Your hand: ")])
+def test_toy_text_games_speak_english(game, start):
+    env = make_env(game)
+    assert env.reset(seed=0)[0].startswith(start)
+    assert all(word in env.unwrapped.instructions for word in env.unwrapped.words)
+
+
+def test_toy_text_plays_the_engine_s_own_game():
+    """The same words, played on gymnasium's environment by index: same rewards, same ends."""
+    for game in ("CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "FrozenLake-v1"):
+        ours, engine = ToyText(game), gym.make(game).unwrapped
+        rng = np.random.default_rng(0)
+        for seed in range(10):
+            ours.reset(seed=seed)
+            engine.reset(seed=seed)
+            ended = False
+            while not ended:
+                word = ours.demonstrate(rng, noise=0.2)
+                _, reward, terminated, truncated, _ = ours.step(word)
+                _, expected, end, _, _ = engine.step(ours.words.index(word))
+                assert (reward, terminated) == (float(expected), end)
+                ended = terminated or truncated
+
+
+@pytest.mark.parametrize("game,success", [("CliffWalking-v1", 1.0), ("Taxi-v4", 1.0)])
+def test_the_planner_solves_the_deterministic_games(game, success):
+    env, rng = ToyText(game), np.random.default_rng(0)
+    assert np.mean([play(env, seed, rng, noise=0.0)[3]["success"] for seed in range(20)]) == success
+
+
+def test_evaluation_switches_training_penalties_off():
+    for env_id, off in [("turnrl/Snake-v0", ["step_reward", "format_penalty"]),
+                        ("Taxi-v4", ["format_penalty"])]:
+        training, evaluation = make_env(env_id), make_env(env_id, evaluation=True)
+        assert all(getattr(training.unwrapped, name) != 0 for name in off)
+        assert all(getattr(evaluation.unwrapped, name) == 0 for name in off)
+
+
+def test_every_environment_documents_itself():
+    for cls in OURS:
+        doc = __import__(cls.__module__, fromlist=["x"]).__doc__
+        for heading in ("Description:", "Action:", "Observation:", "Episode end:", "Instances:"):
+            assert heading in doc, (cls, heading)
+        assert cls().instructions and set(cls().instructions) <= set(string.printable)
