@@ -219,11 +219,11 @@ def load_policy(args: RunArgs, history_turns: int | None = None) -> Policy:
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
-NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_LEARNING_RATE = 2048, 64, 2e-3
+NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_LEARNING_RATE = 2048, 64, 1e-3
 
 
 def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
-    """A tokenizer and model of 0.27 million parameters, trained to imitate demonstrations.
+    """A tokenizer and model of 0.23 million parameters, trained to imitate demonstrations.
 
     The folder is cached under a hash of what determines it, the demonstrations included.
     """
@@ -271,8 +271,8 @@ def make_tiny(args: RunArgs, texts: list[str]):
         chat_template=TINY_TEMPLATE)
     torch.manual_seed(args.seed)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=1024,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3)
     return transformers.LlamaForCausalLM(config), tokenizer
 
@@ -292,8 +292,8 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_t
     rng = random_stream(args.seed, DEMONSTRATE, 1)
     progress = tqdm.trange(args.warm_start_steps, desc="warm start", disable=quiet())
     for step in progress:
-        remaining = 1 - step / args.warm_start_steps
-        optimizer.param_groups[0]["lr"] = WARM_START_LEARNING_RATE * remaining
+        slope = min(1.0, 10 * (step + 1) / args.warm_start_steps) * (1 - step / args.warm_start_steps)
+        optimizer.param_groups[0]["lr"] = WARM_START_LEARNING_RATE * slope  # up, then down to 0
         rows = select_rows(batch, rng.integers(len(batch["tokens"]), size=WARM_START_ROWS))
         logprobs, _ = token_logprobs(policy, rows, temperature=1.0)
         loss = -masked_mean(logprobs, rows["turn_id"] >= 0)

@@ -95,7 +95,7 @@ class FrozenLake(TextEnv):
     def render(self) -> str:
         return self.observation()
 
-    def demonstrate(self, rng, noise: float = 0.5) -> str:
+    def demonstrate(self, rng, noise: float = 0.4) -> str:
         """The first step of a shortest safe path, or with probability `noise` any word."""
         word = ACTIONS[rng.integers(4)] if rng.random() < noise else self.shortest_path(rng)[0]
         return f"<action>{word}</action>" if self.tagged else word

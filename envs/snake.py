@@ -138,7 +138,7 @@ class Snake(TextEnv):
     def render(self) -> str:
         return self.observation()
 
-    def demonstrate(self, rng, noise: float = 0.5) -> str:
+    def demonstrate(self, rng, noise: float = 0.3) -> str:
         """Towards the nearest apple along a safe cell, or with probability `noise` any word."""
         words = [list(MOVES)[i] for i in rng.permutation(4)]
         word = words[0] if rng.random() < noise else self.greedy_move(words)
