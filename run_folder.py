@@ -44,7 +44,9 @@ class Run:
     def __init__(self, args: RunArgs, algo: str):
         check_args(args)
         if world_size() > 1 and not dist.is_initialized():  # launched by torchrun
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size()))
         torch.set_float32_matmul_precision("high")
         self.args, self.start, self.signal, self.training, self.writer = args, 0, 0, False, None

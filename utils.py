@@ -292,8 +292,8 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_t
     rng = random_stream(args.seed, DEMONSTRATE, 1)
     progress = tqdm.trange(args.warm_start_steps, desc="warm start", disable=quiet())
     for step in progress:
-        slope = min(1.0, 10 * (step + 1) / args.warm_start_steps) * (1 - step / args.warm_start_steps)
-        optimizer.param_groups[0]["lr"] = WARM_START_LEARNING_RATE * slope  # up, then down to 0
+        done = step / args.warm_start_steps  # the learning rate goes up, then down to 0
+        optimizer.param_groups[0]["lr"] = WARM_START_LEARNING_RATE * min(10 * done, 1) * (1 - done)
         rows = select_rows(batch, rng.integers(len(batch["tokens"]), size=WARM_START_ROWS))
         logprobs, _ = token_logprobs(policy, rows, temperature=1.0)
         loss = -masked_mean(logprobs, rows["turn_id"] >= 0)
@@ -541,16 +541,19 @@ def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max
 
 # === 8. Evaluation ===============================================================================
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """Means over the episodes (for training episodes: of this process)."""
+    """Means over the episodes, or turns, of all processes."""
     turns = [turn for episode in episodes for turn in episode.turns]
     of_episodes = {"success": lambda e: e.success, "return": lambda e: e.total_reward,
                    "turns": lambda e: len(e.turns), "truncated": lambda e: e.truncated,
                    "overflowed": lambda e: e.overflowed}
     of_turns = {"tokens_per_turn": lambda turn: len(turn.token_ids),
                 "invalid_actions": lambda turn: turn.info.get("invalid_action", False)}
-    return {name: float(np.mean([value(x) for x in over])) if over else 0.0
+    sums = [[sum(value(x) for x in over), len(over)]
             for kind, over in ((of_episodes, episodes), (of_turns, turns))
-            for name, value in kind.items()}
+            for value in kind.values()]
+    totals, counts = all_reduce_sum(torch.tensor(sums, dtype=torch.double)).T
+    names, means = [*of_episodes, *of_turns], totals / counts.clamp(min=1)
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,

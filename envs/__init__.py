@@ -1,5 +1,7 @@
 """Text environments for multi-turn agents; importing this package registers their ids."""
 
+import importlib
+
 import gymnasium as gym
 
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
@@ -14,6 +16,9 @@ def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
     gymnasium's toy_text family is wrapped into text; another environment that does not speak text
     raises ValueError, a wrong id gymnasium.error.Error, a wrong keyword TypeError.
     """
+    module, _, env_id = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)  # registers its ids
     if is_toy_text(gym.spec(env_id)):
         env_id, kwargs = "turnrl/ToyText-v0", {"game": env_id, **kwargs}
     env = gym.make(env_id, disable_env_checker=True, **kwargs)

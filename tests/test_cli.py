@@ -1,0 +1,399 @@
+"""What a user meets: flags, run folders, resume, signals, bad input, several processes."""
+
+import ast
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch
+import tyro
+
+import run_folder
+import utils
+from algos import ms_grpo
+from conftest import ROOT
+from envs.episodes import EnvironmentFault
+from envs.text_env import TextEnv
+from utils import RunArgs
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+QUICK = {"num_prompts": 2, "group_size": 2, "warm_start_steps": 5, "num_iterations": 2,
+         "eval_episodes": 4, "eval_every": 1, "save_every": 1, "print_samples": 0,
+         "env_kwargs": '{"size": 3}', "max_turns": 4}
+
+
+def quick(tmp_path, **flags):
+    return ms_grpo.Args(**(QUICK | {"run_dir": str(tmp_path / "runs")} | flags))
+
+
+def command(*flags, **options):
+    return [sys.executable, str(ROOT / "algos/ms_grpo.py"), *flags,
+            *(x for k, v in options.items() for x in ("--" + k.replace("_", "-"), str(v)))]
+
+
+def only_run(tmp_path) -> Path:
+    [folder] = (tmp_path / "runs").iterdir()
+    return folder
+
+
+def weights(folder: Path) -> dict:
+    from safetensors.torch import load_file
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+def fails(capsys, *needles, call=None, args=None):
+    """`call` ends with exit code 2 and one line on stderr that holds all needles."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call() if call else ms_grpo.main(args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(needle in lines[0] for needle in needles), lines
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_documented_in_help(script, capsys):
+    args = importlib.import_module(f"algos.{script}").Args
+    with pytest.raises(SystemExit) as end:
+        tyro.cli(args, args=["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    source = (ROOT / "utils.py").read_text() + (ROOT / f"algos/{script}.py").read_text()
+    for field in dataclasses.fields(args):
+        assert "--" + field.name.replace("_", "-") in text, field.name
+        comment = next(line.split("  # ")[1] for line in source.splitlines()
+                       if line.startswith(f"    {field.name}: ") and "  # " in line)
+        assert " ".join(comment.split()[:2]) in " ".join(text.replace("│", " ").split()), field.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_used(script):
+    """Every field is read as an attribute of an `args` somewhere in the script or in utils."""
+    args, used = importlib.import_module(f"algos.{script}").Args, set()
+    for path in ("utils.py", "run_folder.py", f"algos/{script}.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
+                used.add(node.attr)
+    assert {field.name for field in dataclasses.fields(args)} - used == set()
+
+
+def test_help_and_a_short_run_from_a_clean_checkout(tmp_path):
+    """Only what a student would copy: the script, utils.py, run_folder.py and envs/."""
+    for name in ("utils.py", "run_folder.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("envs", "algos"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    script = [sys.executable, str(tmp_path / "algos/ms_grpo.py")]
+    text = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd="/")
+    assert text.returncode == 0 and "--aaw-power" in text.stdout
+    flags = command(**(QUICK | {"print_samples": 1, "run_dir": tmp_path / "runs"}))[2:]
+    run = subprocess.run([*script, *flags], capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0, run.stderr
+    assert "after 0 iterations, held-out seed" in run.stdout and "after 2 iter" in run.stdout
+    assert {path.name for path in only_run(tmp_path).iterdir()} == {
+        "args.json", "metrics.csv", "samples.jsonl", "checkpoint", "summary.json", "curve.png"}
+
+
+def test_a_run_folder_holds_what_happened(tmp_path):
+    summary = ms_grpo.main(quick(tmp_path, seed=3))
+    folder = only_run(tmp_path)
+    assert folder.name.startswith("FrozenLake-v0__ms_grpo__3__")
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"] == dataclasses.asdict(quick(tmp_path, seed=3))
+    assert record["versions"]["torch"] == torch.__version__
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [row["iteration"] for row in rows] == ["0", "1", "2"]
+    assert all(row["eval_success"] for row in rows) and rows[0]["train_success"] == ""
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["success_end"] == float(rows[2]["eval_success"])
+    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    assert len(samples) == 12 and samples[0]["seed"] == 2**30 and len(samples[0]["turns"][0]) == 3
+
+
+def test_the_same_seed_gives_the_same_transcripts_and_another_does_not(tmp_path):
+    texts = []
+    for number, seed in enumerate([1, 1, 2]):
+        ms_grpo.main(quick(tmp_path / str(number), seed=seed))
+        texts.append((only_run(tmp_path / str(number)) / "samples.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_eval_only_changes_nothing(tmp_path):
+    summary = ms_grpo.main(quick(tmp_path, eval_only=True))
+    assert summary["iterations"] == 0 and not (only_run(tmp_path) / "checkpoint").exists()
+
+
+def test_a_chat_model_from_a_folder_trains(tmp_path, chat_folder):
+    summary = ms_grpo.main(quick(tmp_path, model=chat_folder, max_turn_tokens=3))
+    assert summary["iterations"] == 2 and summary["generated_tokens"] > 0
+
+
+def test_training_curve_can_be_sent_to_tensorboard_or_says_what_is_missing(tmp_path, capsys):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        fails(capsys, "--track", "pip install tensorboard", args=quick(tmp_path, track="tensorboard"))
+    else:
+        ms_grpo.main(quick(tmp_path, track="tensorboard"))
+        assert list(only_run(tmp_path).glob("events*"))
+
+
+# --- resume, kills and signals -------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    flags = {"kl_coefficient": 0.1, "temperature": 1.2}
+    ms_grpo.main(quick(tmp_path / "whole", num_iterations=4, **flags))
+    ms_grpo.main(quick(tmp_path / "halves", num_iterations=2, **flags))
+    half = only_run(tmp_path / "halves")
+    ms_grpo.main(quick(tmp_path / "halves", num_iterations=4, resume=str(half), **flags))
+    whole = only_run(tmp_path / "whole")
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(half)[name]), name
+    one, two = (list(csv.DictReader(open(f / "metrics.csv"))) for f in (whole, half))
+    for row in (*one, *two):
+        row.pop("seconds")
+    assert one == two and len(one) == 5
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+    ms_grpo.main(quick(tmp_path, num_iterations=3, save_every=2))
+    folder = only_run(tmp_path)
+    ms_grpo.main(quick(tmp_path, num_iterations=4, save_every=2, resume=str(folder)))
+    rows = [row["iteration"] for row in csv.DictReader(open(folder / "metrics.csv"))]
+    assert rows == ["0", "1", "2", "3", "4"]
+
+
+def test_a_kill_during_a_checkpoint_leaves_a_readable_one(tmp_path):
+    """Kill -9 at twelve random moments of a process that does nothing but save."""
+    ms_grpo.main(quick(tmp_path))
+    folder = only_run(tmp_path)
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import run_folder, utils, torch
+from algos.ms_grpo import Args
+args = Args(**{dict(QUICK, run_dir=str(tmp_path / 'runs'), resume=str(folder))!r})
+run = run_folder.Run(args, "ms_grpo")
+policy = utils.load_policy(args, 0)
+optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
+run.restore(policy, optimizer=optimizer)
+print("ready", flush=True)
+while True:
+    run.save(policy, optimizer=optimizer)
+"""
+    for attempt in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n", "the checkpoint of the last kill is readable"
+        time.sleep(0.05 + 0.037 * attempt)
+        process.kill()
+        process.wait()
+    ms_grpo.main(quick(tmp_path, num_iterations=3, resume=str(folder)))
+
+
+def test_a_kill_between_the_two_renames_is_recovered(tmp_path):
+    ms_grpo.main(quick(tmp_path))
+    folder = only_run(tmp_path)
+    (folder / "checkpoint").rename(folder / "checkpoint.old")
+    ms_grpo.main(quick(tmp_path, num_iterations=3, resume=str(folder)))
+    assert (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_first(tmp_path, number):
+    flags = QUICK | {"run_dir": tmp_path / "runs", "num_iterations": 10**6, "save_every": 10**6,
+                     "eval_every": 10**6}
+    process = subprocess.Popen(command(**flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    rows, deadline = "", time.time() + 120
+    while "\n2," not in rows and time.time() < deadline and process.poll() is None:
+        time.sleep(0.2)
+        files = list((tmp_path / "runs").glob("*/metrics.csv"))
+        rows = files[0].read_text() if files else ""
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert b"--resume" in errors
+    state = torch.load(only_run(tmp_path) / "checkpoint/trainer_state.pt", weights_only=True)
+    assert state["iteration"] >= 2
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_flags_get_one_line(tmp_path, capsys):
+    for flags, needles in [
+            ({"env_id": "turnrl/FrozenLak-v0"}, ["turnrl/FrozenLak-v0", "turnrl/FrozenLake-v0"]),
+            ({"env_id": "nowhere:Game-v0"}, ["nowhere:Game-v0", "turnrl/Snake-v0"]),
+            ({"env_id": "MountainCar-v0", "env_kwargs": "{}"}, ["MountainCar-v0", "speak text"]),
+            ({"env_kwargs": '{"sise": 3}'}, ["--env-kwargs", "sise"]),
+            ({"env_kwargs": "size=3"}, ["--env-kwargs", "size=3"]),
+            ({"env_kwargs": "[3]"}, ["--env-kwargs", "[3]"]),
+            ({"model": "./missing"}, ["./missing", "no such folder"]),
+            ({"model": "missing"}, ["missing", "no such folder"]),
+            ({"device": "cuda"}, ["cuda"] if not torch.cuda.is_available() else []),
+            ({"device": "toaster"}, ["--device toaster"]),
+            ({"group_size": 1}, ["--group-size"]),
+            ({"num_prompts": 0}, ["--num-prompts", "0"]),
+            ({"max_turns": -1}, ["--max-turns"]),
+            ({"temperature": 0.0}, ["--temperature", "positive"]),
+            ({"temperature": float("nan")}, ["--temperature", "nan"]),
+            ({"eval_temperature": -1.0}, ["--eval-temperature"]),
+            ({"learning_rate": float("inf")}, ["--learning-rate", "inf"]),
+            ({"learning_rate": 0.0}, ["--learning-rate"]),
+            ({"clip_low": -0.1}, ["--clip-low"])]:
+        if needles:
+            fails(capsys, *needles, args=quick(tmp_path, **flags))
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").rglob("metrics.csv"))
+
+
+def test_a_wrong_word_on_the_command_line_exits_with_2():
+    run = subprocess.run(command("--sampling", "best"), capture_output=True, text=True)
+    assert run.returncode == 2 and "--sampling" in run.stderr
+
+
+def test_a_broken_model_folder_gets_one_line(tmp_path, chat_folder, capsys):
+    args = quick(tmp_path, model=chat_folder)
+    (Path(chat_folder) / "model.safetensors").write_bytes(b"cut short")
+    fails(capsys, "--model", "cannot be loaded", args=args)
+    shutil.rmtree(chat_folder)
+    Path(chat_folder).mkdir()
+    fails(capsys, "--model", "cannot be loaded", args=args)
+
+
+def test_a_broken_resume_folder_gets_one_line(tmp_path, capsys):
+    fails(capsys, "nowhere", args=quick(tmp_path, resume=str(tmp_path / "nowhere")))
+    ms_grpo.main(quick(tmp_path))
+    folder = only_run(tmp_path)
+
+    def again(**flags):
+        return quick(tmp_path, resume=str(folder), **({"num_iterations": 3} | flags))
+    fails(capsys, "other settings", "seed 1 (now 2)", args=again(seed=2))
+    state = folder / "checkpoint/trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    fails(capsys, "checkpoint cannot be read", args=again())
+    state.unlink()
+    fails(capsys, "checkpoint cannot be read", args=again())
+    (folder / "args.json").write_text("{")
+    fails(capsys, "args.json", args=again())
+
+
+class Faulty(TextEnv):
+    """A third-party environment that goes wrong on its second turn, in the way it is told to."""
+
+    def __init__(self, fault="", **kwargs):
+        super().__init__(**kwargs)
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return (7 if self.fault == "reset" else "start"), {"legal_actions": ["go"]}
+
+    def demonstrate(self, rng):
+        return "go"
+
+    def step(self, action):
+        self.turn += 1
+        if self.turn == 2 and self.fault == "raise":
+            raise RuntimeError("out of apples")
+        reward = float("nan") if self.turn == 2 and self.fault == "nan" else 0.5
+        observation = None if self.turn == 2 and self.fault == "none" else "next"
+        return observation, reward, self.turn == 3, False, {"legal_actions": ["go"]}
+
+
+gym.register("tests/Faulty-v0", entry_point=Faulty)
+
+
+@pytest.mark.parametrize("fault,needles", [
+    ("raise", ["turn 1", "out of apples"]), ("nan", ["turn 1", "reward nan"]),
+    ("none", ["turn 1", "not a string"]), ("reset", ["turn 0", "not a string"])])
+def test_a_faulty_environment_is_named_and_its_transcript_kept(
+        tmp_path, capsys, monkeypatch, fault, needles):
+    monkeypatch.setattr(utils, "demonstrations", lambda env, seeds, max_turns, rng: [])
+    monkeypatch.setattr(utils, "warm_start", lambda *args: None)
+    args = quick(tmp_path, env_id="tests/Faulty-v0", env_kwargs=json.dumps({"fault": fault}))
+    fails(capsys, "Faulty", f"seed {2**30}", *needles, args=args)
+    [line] = open(only_run(tmp_path) / "samples.jsonl")
+    assert len(json.loads(line)["turns"]) == (0 if fault == "reset" else 1)
+
+
+def test_an_environment_of_someone_else_trains(tmp_path):
+    """Registered elsewhere, named module:Id-v0; random legal actions serve as demonstrations."""
+    (tmp_path / "their_game.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.spaces import Text\n"
+        "class Game(gym.Env):\n"
+        "    observation_space = action_space = Text(50, min_length=0)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        return 'say yes or no', {'legal_actions': ['yes', 'no']}\n"
+        "    def step(self, action):\n"
+        "        return 'thanks', float(action == 'yes'), True, False, {'success': action == 'yes'}\n"
+        "gym.register('theirs/Game-v0', entry_point=Game)\n")
+    flags = QUICK | {"env_id": "their_game:theirs/Game-v0", "env_kwargs": "{}", "num_iterations": 30,
+                     "warm_start_steps": 30, "run_dir": tmp_path / "runs", "eval_episodes": 64,
+                     "num_prompts": 8, "group_size": 8, "learning_rate": 3e-3}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command(**flags), capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["success_end"] > max(0.8, summary["success_start"])
+
+
+def test_an_environment_that_cannot_warm_start_the_tiny_model_says_so(tmp_path, capsys, monkeypatch):
+    def nothing(*args):
+        raise NotImplementedError("it has neither demonstrate() nor info['legal_actions']")
+    monkeypatch.setattr(utils, "demonstrations", nothing)
+    fails(capsys, "--model", "neither demonstrate()", args=quick(tmp_path))
+
+
+def test_a_non_finite_gradient_stops_before_the_step(capsys):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    (model(torch.ones(2)) * float("nan")).sum().backward()
+    fails(capsys, "gradient norm is nan", call=lambda: utils.optimizer_step(model, optimizer, 1.0))
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):
+    run = run_folder.Run(quick(tmp_path), "ms_grpo")
+    with pytest.raises(ZeroDivisionError), run:
+        raise ZeroDivisionError
+    assert issubclass(EnvironmentFault, Exception) and RunArgs().seed == 1
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    """Same episodes, same draws, same steps; sums of floats in another order: 1e-5."""
+    flags = QUICK | {"num_prompts": 4, "group_size": 4, "num_iterations": 3, "warm_start_steps": 60,
+                     "entropy_coefficient": 0.01}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch in (("one", command()[:1]), ("two", torchrun)):
+        run = subprocess.run(
+            [*launch, *command(**flags, run_dir=tmp_path / name / "runs")[1:]],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert run.stdout.count("success") == 5, "one process speaks: 4 evaluations and a summary"
+    one, two = only_run(tmp_path / "one"), only_run(tmp_path / "two")
+    for name, weight in weights(one).items():
+        assert torch.allclose(weight, weights(two)[name], atol=1e-5), name
+    rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
+    for first, second in zip(*rows, strict=True):
+        for name in first.keys() - {"seconds"}:
+            if first[name]:
+                assert float(first[name]) == pytest.approx(float(second[name]), abs=1e-4), name
