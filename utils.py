@@ -27,6 +27,7 @@ import torch.distributed as dist
 import tqdm
 import transformers
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from envs import known_ids, make_env
 from envs.episodes import Episode, Turn, demonstrations, start_episodes
@@ -51,11 +52,11 @@ class RunArgs:
     max_turns: int = 8  # turns after which an episode is truncated, K
     max_turn_tokens: int = 8  # tokens the policy may sample in one turn
     temperature: float = 1.0  # sampling temperature of the training episodes
-    learning_rate: float = 6e-4  # of AdamW, constant
+    learning_rate: float = 3e-4  # of AdamW, constant
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     micro_batch_tokens: int = 16384  # tokens per forward pass of an update: memory, not results
-    warm_start_steps: int = 300  # behaviour cloning steps of the tiny model before training
-    eval_every: int = 20  # iterations between evaluations on held-out seeds
+    warm_start_steps: int = 600  # behaviour cloning steps of the tiny model before training
+    eval_every: int = 10  # iterations between evaluations on held-out seeds
     eval_episodes: int = 256  # held-out seeds per evaluation, one episode each
     eval_temperature: float = 1.0  # sampling temperature of the evaluation
     eval_only: bool = False  # evaluate the start policy (or the --resume checkpoint) and stop
@@ -303,6 +304,25 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_t
 
 
 # === 5. Rollouts =================================================================================
+class GrowingLayer(DynamicLayer):
+    """A cache layer with room to grow: a new token is written, what is there is not copied."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        at_home = old > 0 and self.keys.data_ptr() == self.room.data_ptr()  # not after a selection
+        if not at_home or self.room.shape[-2] < new:
+            batch, heads, _, width = key_states.shape
+            room = key_states.new_empty(2, batch, heads, 2 * new, width)
+            if old > 0:
+                room[0, :, :, :old], room[1, :, :, :old] = self.keys, self.values
+            self.room = room
+        self.room[0, :, :, old:new], self.room[1, :, :, old:new] = key_states, value_states
+        self.keys, self.values = self.room[:, :, :, :new]
+        return self.keys, self.values
+
+
 class Decoder:
     """A KV cache over ragged rows: every row is fed its own number of tokens.
 
@@ -312,6 +332,8 @@ class Decoder:
 
     def __init__(self, policy: Policy, rows: int):
         self.policy, self.cache = policy, transformers.DynamicCache(config=policy.model.config)
+        self.cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer
+                             for layer in self.cache.layers]
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=policy.device)  # (B, width)
 
     def feed(self, pending: list[list[int]]) -> Tensor:

@@ -1,0 +1,79 @@
+"""Multi-turn rollout against `model.generate` from scratch every turn.
+
+Same untrained tiny model, same environment, same number of sampled tokens (no end of turn, so that
+every turn has exactly TOKENS of them). The two are timed in turn, A B A B, and compared by medians.
+
+    python tests/benchmarks/rollout.py [--threads 2]
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from envs.episodes import Turn, start_episodes
+from utils import Policy, RunArgs, make_envs, make_tiny, random_stream, rollout
+
+EPISODES, TOKENS, REPEATS = 16, 8, 5
+
+
+@torch.no_grad()
+def generate_from_scratch(policy, envs, episodes, turns):
+    """What one writes first: render the history, call generate, step, repeat."""
+    for _ in range(turns):
+        prompts = [policy.prompt(e, None) for e in episodes]
+        rows = [e.row() + ids for e, (ids, _) in zip(episodes, prompts, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        out = policy.model.generate(ids, attention_mask=mask, do_sample=True, top_k=0,
+                                    max_new_tokens=TOKENS, eos_token_id=None, pad_token_id=0)
+        for episode, env, sampled, (ids, first) in zip(episodes, envs, out[:, width:].tolist(),
+                                                       prompts, strict=True):
+            turn = Turn(episode.observation, policy.tokenizer.decode(sampled), ids, first, sampled)
+            episode.answer(env, turn)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    policy = Policy(*make_tiny(RunArgs(), ["left", "down", "right", "up"] * 9), "cpu")
+    end = torch.tensor([policy.end_id])
+    policy.model.eval().lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, end, -1e9))
+    print(f"{EPISODES} episodes, {TOKENS} sampled tokens a turn, "
+          f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} million parameters, "
+          f"{torch.get_num_threads()} threads, median of {REPEATS}")
+    print("turns  tokens  rollout tokens/s  generate tokens/s  ratio  rollout us/token")
+    per_token = {}
+    for turns in (2, 6, 16):
+        # an unreadable action leaves this game as it is, so every episode has all its turns
+        args = RunArgs(env_id="FrozenLake-v1", env_kwargs=f'{{"max_turns": {turns}}}')
+        seconds = {"rollout": [], "generate": []}
+        for _ in range(REPEATS + 1):
+            for name, times in seconds.items():
+                envs = make_envs(args, EPISODES)
+                episodes = start_episodes(envs, list(range(EPISODES)))
+                rngs = [random_stream(i) for i in range(EPISODES)]
+                start = time.perf_counter()
+                if name == "rollout":
+                    rollout(policy, envs, episodes, rngs, max_turns=turns, max_turn_tokens=TOKENS,
+                            temperature=1.0)
+                else:
+                    generate_from_scratch(policy, envs, episodes, turns)
+                times.append(time.perf_counter() - start)
+                tokens = sum(len(turn.token_ids) for e in episodes for turn in e.turns)
+                assert tokens == EPISODES * TOKENS * turns
+        ours, theirs = (statistics.median(times[1:]) for times in seconds.values())  # first: warm-up
+        per_token[turns] = ours / tokens
+        print(f"{turns:5d}  {tokens:6d}  {tokens / ours:16.0f}  {tokens / theirs:17.0f}  "
+              f"{theirs / ours:5.2f}  {1e6 * ours / tokens:16.1f}")
+    print(f"seconds per token, 16 turns against 2 turns: {per_token[16] / per_token[2]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
