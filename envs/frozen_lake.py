@@ -43,13 +43,14 @@ class FrozenLake(TextEnv):
         self.last_seed = seed
         if seed is not None:  # without a seed the split stays what it was
             self.held_out = seed >= EVALUATION_SEEDS
-        while True:
+        for _ in range(10000):
             map_seed = int(self.np_random.integers(2**31))
             desc = generate_random_map(self.size, self.frozen_share, seed=map_seed)
             if (zlib.crc32("\n".join(desc).encode()) % 5 == 0) == self.held_out:
-                break
-        self.start(desc)
-        return self.observation(), self.info()
+                self.start(desc)
+                return self.observation(), self.info()
+        raise ValueError(f"no {self.size} x {self.size} map with {self.frozen_share:.0%} ice belongs "
+                         f"to the {'evaluation' if self.held_out else 'training'} split")
 
     def start(self, desc: list[str]):
         """Begin an episode on the map `desc` (rows of S, F, H, G)."""

@@ -204,6 +204,12 @@ def test_a_reset_without_a_seed_stays_in_its_split():
         assert "".join(env.desc) not in held_out
 
 
+def test_a_split_without_any_map_is_an_error_and_not_an_endless_loop():
+    with pytest.raises(ValueError, match="belongs to"):
+        for seed in (0, EVALUATION_SEEDS):
+            FrozenLake(frozen_share=1.0).reset(seed=seed)
+
+
 def test_the_scripted_walker_without_noise_always_arrives_by_a_shortest_path():
     env, rng = FrozenLake(), np.random.default_rng(0)
     for seed in range(100):

@@ -1,9 +1,14 @@
 """Multi-turn rollout against `model.generate` from scratch every turn.
 
-Same untrained tiny model, same environment, same number of sampled tokens (no end of turn, so that
-every turn has exactly TOKENS of them). The two are timed in turn, A B A B, and compared by medians.
+Same untrained model, same environment, same number of sampled tokens (no end of turn, so that every
+turn has exactly --tokens of them). The two are timed in turn, A B A B, and compared by medians.
 
-    python tests/benchmarks/rollout.py [--threads 2]
+What limits the ratio: from scratch, turn k reads k observations instead of one, so with n turns at most
+(n + 1) / 2 times the prompt tokens; the sampled tokens cost both sides the same. What keeps the time per
+token flat: attention to the history, which grows with it, must be small beside the rest of the model,
+that is, tokens of history below about six times the width.
+
+    python tests/benchmarks/rollout.py [--threads 2] [--width 256] [--tokens 2] [--episodes 64]
 """
 
 import argparse
@@ -13,12 +18,20 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from envs.episodes import Turn, start_episodes
+from envs.episodes import Turn, demonstrations, start_episodes
 from utils import Policy, RunArgs, make_envs, make_tiny, random_stream, rollout
 
-EPISODES, TOKENS, REPEATS = 16, 8, 5
+parser = argparse.ArgumentParser()
+parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--width", type=int, default=256)
+parser.add_argument("--episodes", type=int, default=64)
+parser.add_argument("--tokens", type=int, default=2)
+parser.add_argument("--repeats", type=int, default=5)
+options = parser.parse_args()
+EPISODES, TOKENS, REPEATS = options.episodes, options.tokens, options.repeats
 
 
 @torch.no_grad()
@@ -39,20 +52,27 @@ def generate_from_scratch(policy, envs, episodes, turns):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
-    policy = Policy(*make_tiny(RunArgs(), ["left", "down", "right", "up"] * 9), "cpu")
-    end = torch.tensor([policy.end_id])
-    policy.model.eval().lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, end, -1e9))
+    torch.set_num_threads(options.threads)
+    args = RunArgs()
+    seen = demonstrations(make_envs(args, 1)[0], range(64), 8, random_stream(0))
+    _, tokenizer = make_tiny(args, [x for e in seen for t in e.turns for x in (t.observation, t.action)])
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=options.width, intermediate_size=3 * options.width,
+        num_hidden_layers=4, num_attention_heads=options.width // 32, max_position_embeddings=2048,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3))
+    policy = Policy(model, tokenizer, "cpu")
+    words = [i for word in ("left", "down", "right", "up") for i in policy.encode(word)]
+    never = torch.tensor([policy.end_id, *words])
+    policy.model.eval().lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, never, -1e9))
     print(f"{EPISODES} episodes, {TOKENS} sampled tokens a turn, "
           f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} million parameters, "
           f"{torch.get_num_threads()} threads, median of {REPEATS}")
     print("turns  tokens  rollout tokens/s  generate tokens/s  ratio  rollout us/token")
     per_token = {}
     for turns in (2, 6, 16):
-        # an unreadable action leaves this game as it is, so every episode has all its turns
-        args = RunArgs(env_id="FrozenLake-v1", env_kwargs=f'{{"max_turns": {turns}}}')
+        # nothing readable is said; the game then moves left, which is no move at the start, so
+        # that every episode has all its turns
+        args = RunArgs(env_kwargs=f'{{"max_turns": {turns}}}')
         seconds = {"rollout": [], "generate": []}
         for _ in range(REPEATS + 1):
             for name, times in seconds.items():
