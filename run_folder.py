@@ -7,6 +7,7 @@ run.iterations, calls run.log in every iteration and run.finish at the end.
 import csv
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -26,12 +27,32 @@ import transformers
 
 from envs.episodes import EnvironmentFault, Episode
 from utils import (
-    Policy, RunArgs, all_reduce_sum, check_args, episode_metrics, make_envs, quiet, rank,
-    short_name, stop, world_size,
+    Policy, RunArgs, all_reduce_sum, episode_metrics, make_envs, quiet, rank,
+    stop, world_size,
 )
 
+MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns"}
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "eval_only", "save_every", "run_dir", "track",
                         "compile", "print_samples", "micro_batch_tokens", "device"}
+
+
+def check_args(args: RunArgs):
+    for name, value in dataclasses.asdict(args).items():
+        flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_ZERO else 1
+        if type(value) is int and value < least:
+            stop(f"{flag} must be at least {least}, got {value}")
+        above_zero = name.endswith(("temperature", "learning_rate", "grad_norm"))
+        low = type(value) is float and (value < 0 or (value == 0 and above_zero))
+        if low or (type(value) is float and not math.isfinite(value)):
+            stop(f"{flag} must be finite and {'positive' if above_zero else '>= 0'}, got {value}")
+    if args.num_prompts % world_size():
+        stop(f"--num-prompts {args.num_prompts} cannot be split over {world_size()} processes")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        stop(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        stop(f"--device {args.device}: there is no CUDA device")
 
 
 class Run:
@@ -54,7 +75,7 @@ class Run:
         self.totals = {"generated_tokens": 0, "environment_steps": 0}
         self.clock = time.perf_counter()  # on resume moved back by the seconds spent before
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{short_name(args.env_id)}__{algo}__{args.seed}__{stamp}"
+        name = f"{args.env_id.rpartition('/')[2]}__{algo}__{args.seed}__{stamp}"
         self.folder = Path(args.resume or Path(args.run_dir) / name)
         if args.resume:
             self.check_resume(algo)

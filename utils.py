@@ -68,32 +68,10 @@ class RunArgs:
     print_samples: int = 1  # transcripts printed before and after training
 
 
-MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns"}
-
-
 def stop(message: str):
     """End the program because of what the user gave it: one line, exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def check_args(args: RunArgs):
-    for name, value in dataclasses.asdict(args).items():
-        flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_ZERO else 1
-        if type(value) is int and value < least:
-            stop(f"{flag} must be at least {least}, got {value}")
-        above_zero = name.endswith(("temperature", "learning_rate", "grad_norm"))
-        low = value <= 0 if above_zero else False
-        if type(value) is float and (low or value < 0 or not math.isfinite(value)):
-            stop(f"{flag} must be finite and {'positive' if above_zero else '>= 0'}, got {value}")
-    if args.num_prompts % world_size():
-        stop(f"--num-prompts {args.num_prompts} cannot be split over {world_size()} processes")
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        stop(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        stop(f"--device {args.device}: there is no CUDA device")
 
 
 # === 2. Processes and random streams =============================================================
@@ -115,6 +93,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def quiet() -> bool:  # whether progress bars are off
+    return rank() > 0 or not sys.stderr.isatty()
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes."""
     if world_size() > 1:
@@ -126,7 +108,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     """The tensors of all processes (equal shapes), concatenated along axis 0 in rank order."""
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     if world_size() > 1:
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor)
     return torch.cat(parts) if world_size() > 1 else tensor
 
 
@@ -240,7 +222,7 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
                      transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
-    folder = cache / f"{short_name(args.env_id)}-{key}"
+    folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
     if rank() == 0 and not folder.exists():
         policy = Policy(*make_tiny(args, [text for e in texts for pair in e for text in pair]),
                         args.device)
@@ -444,18 +426,22 @@ def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration
     seeds = random_stream(args.seed, PROMPTS, iteration).integers(
         EVALUATION_SEEDS, size=args.num_prompts).repeat(args.group_size)
     share = range(rank() * len(envs), (rank() + 1) * len(envs))
-    return rollout(policy, envs, start_episodes(envs, [seeds[i] for i in share]),
-                   [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
-                   max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
-                   temperature=args.temperature, history_turns=history_turns)
+    episodes = rollout(policy, envs, start_episodes(envs, [seeds[i] for i in share]),
+                       [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
+                       max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
+                       temperature=args.temperature, history_turns=history_turns)
+    if policy.bf16:  # the decoding pass rounds differently from the pass of the update
+        batch, turns = collate(episodes, policy.device), [t for e in episodes for t in e.turns]
+        sampled = batch_logprobs(policy, batch, args)[batch["turn_id"] >= 0]  # in order of turns
+        for turn, part in zip(turns, sampled.split([len(t.token_ids) for t in turns]), strict=True):
+            turn.logprobs = part.tolist()
+    return episodes
 
 
 # === 6. Batches and log-probs ====================================================================
 # A batch is a dict of tensors with one row per entry: tokens, turn_id, old_logprobs (B, T),
 # episode_id, lengths (B,), and whatever an algorithm adds. Rows are padded on the right: a causal
 # model never looks there, so no attention mask is needed.
-
-
 def collate(episodes: list[Episode], device: torch.device) -> dict[str, Tensor]:
     """Episodes to padded rows; episode_id is the position in `episodes`."""
     rows: list[dict[str, Any]] = []
@@ -518,6 +504,17 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
     return torch.where(mask, chosen, 0.0), torch.where(mask, entropy, 0.0)
 
 
+@torch.no_grad()
+def batch_logprobs(policy: Policy, batch: dict[str, Tensor], args: RunArgs) -> Tensor:
+    """token_logprobs of a batch of any size, without gradient: (B, T)."""
+    logprobs = torch.zeros_like(batch["old_logprobs"])
+    numbered = batch | {"row": torch.arange(len(logprobs), device=policy.device)}
+    for part in micro_batches(numbered, args.micro_batch_tokens):
+        values, _ = token_logprobs(policy, part, args.temperature)
+        logprobs[part["row"], : values.shape[1]] = values
+    return logprobs
+
+
 def token_entropy(logits: Tensor) -> Tensor:
     """logits (.., V), -inf allowed -> entropy (..) in nats, differentiable."""
     logprobs = logits - logits.logsumexp(-1, keepdim=True)
@@ -565,17 +562,15 @@ def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
     """Means over the episodes, or turns, of all processes."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    of_episodes = {"success": lambda e: e.success, "return": lambda e: e.total_reward,
-                   "turns": lambda e: len(e.turns), "truncated": lambda e: e.truncated,
-                   "overflowed": lambda e: e.overflowed}
-    of_turns = {"tokens_per_turn": lambda turn: len(turn.token_ids),
-                "invalid_actions": lambda turn: turn.info.get("invalid_action", False)}
-    sums = [[sum(value(x) for x in over), len(over)]
-            for kind, over in ((of_episodes, episodes), (of_turns, turns))
-            for value in kind.values()]
-    totals, counts = all_reduce_sum(torch.tensor(sums, dtype=torch.double)).T
-    names, means = [*of_episodes, *of_turns], totals / counts.clamp(min=1)
-    return dict(zip(names, means.tolist(), strict=True))
+    values = {
+        "success": [e.success for e in episodes], "return": [e.total_reward for e in episodes],
+        "turns": [len(e.turns) for e in episodes], "truncated": [e.truncated for e in episodes],
+        "overflowed": [e.overflowed for e in episodes],
+        "tokens_per_turn": [len(turn.token_ids) for turn in turns],
+        "invalid_actions": [turn.info.get("invalid_action", False) for turn in turns]}
+    sums = torch.tensor([[sum(x), len(x)] for x in values.values()], dtype=torch.double)
+    totals, counts = all_reduce_sum(sums).T
+    return dict(zip(values, (totals / counts.clamp(min=1)).tolist(), strict=True))
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
@@ -590,12 +585,3 @@ def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
                             max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
                             temperature=args.eval_temperature, history_turns=history_turns)
     return episode_metrics(episodes), episodes
-
-
-def quiet() -> bool:
-    """Whether progress bars are off: not a terminal, or not the first process."""
-    return rank() > 0 or not sys.stderr.isatty()
-
-
-def short_name(env_id: str) -> str:
-    return env_id.split(":")[-1].split("/")[-1]

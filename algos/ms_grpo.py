@@ -44,9 +44,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from run_folder import Run
 from utils import (
-    DRAW, Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
-    expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank,
-    stop, token_logprobs, turn_table, world_size,
+    DRAW, Policy, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
+    evaluate, expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step,
+    random_stream, rank, stop, token_logprobs, turn_table, world_size,
 )
 
 
@@ -269,9 +269,7 @@ def main(args: Args) -> dict[str, float]:
             rewards, turn_mask = turn_table(episodes, lambda turn: turn.reward, policy.device)
             if args.kl_in_reward:
                 batch = collate(episodes, policy.device)
-                with torch.no_grad():
-                    ref_logprobs, _ = token_logprobs(reference, batch, args.temperature)
-                kl = batch["old_logprobs"] - ref_logprobs  # (B, T), k1
+                kl = batch["old_logprobs"] - batch_logprobs(reference, batch, args)  # (B, T), k1
                 rewards -= args.kl_in_reward * sum_over_turns(kl, batch["turn_id"],
                                                               batch["episode_id"], rewards.shape)
 
@@ -299,9 +297,6 @@ def main(args: Args) -> dict[str, float]:
                 batch = collate([episodes[i] for i in here], policy.device)
                 batch["advantages"] = expand_to_tokens(
                     credit[torch.as_tensor(here)], batch["turn_id"], batch["episode_id"])
-                if policy.bf16:  # the decoding pass rounds differently
-                    with torch.no_grad():
-                        batch["old_logprobs"], _ = token_logprobs(policy, batch, args.temperature)
                 updates.append(update(policy, reference, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)

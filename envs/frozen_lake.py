@@ -49,8 +49,9 @@ class FrozenLake(TextEnv):
             if (zlib.crc32("\n".join(desc).encode()) % 5 == 0) == self.held_out:
                 self.start(desc)
                 return self.observation(), self.info()
-        raise ValueError(f"no {self.size} x {self.size} map with {self.frozen_share:.0%} ice belongs "
-                         f"to the {'evaluation' if self.held_out else 'training'} split")
+        split = "evaluation" if self.held_out else "training"
+        raise ValueError(f"no map of size {self.size} with {self.frozen_share:.0%} ice belongs to "
+                         f"the {split} split")
 
     def start(self, desc: list[str]):
         """Begin an episode on the map `desc` (rows of S, F, H, G)."""

@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer, random_model
 from envs.episodes import Episode, Turn, start_episodes
 from utils import (
-    Policy, RunArgs, collate, collect_groups, evaluate, expand_to_tokens, make_envs, masked_mean,
+    Policy, RunArgs, batch_logprobs, collate, collect_groups, evaluate, expand_to_tokens, make_envs, masked_mean,
     micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
     token_logprobs, turn_table,
 )
@@ -377,3 +377,23 @@ def test_start_episodes_resets_each_environment_with_its_seed():
     envs = make_envs(RunArgs(), 3)
     one, two, three = start_episodes(envs, [7, 7, 8])
     assert one.observation == two.observation and one.seed == 7 and three.seed == 8
+
+
+def test_batch_logprobs_equals_one_pass_whatever_the_parts(chat_policy, started):
+    batch = collate(play(chat_policy, started, history_turns=0), chat_policy.device)
+    whole, _ = token_logprobs(chat_policy, batch, 1.0)
+    for tokens in (1, 200, 10**6):
+        parts = batch_logprobs(chat_policy, batch, RunArgs(micro_batch_tokens=tokens))
+        assert torch.allclose(parts, whole, atol=1e-5) and not parts.requires_grad
+
+
+@pytest.mark.parametrize("history_turns", [None, 0])
+def test_in_bf16_the_old_logprobs_are_those_of_the_training_pass(chat_policy, history_turns):
+    """Ratio exactly 1 before the first step, although decoding rounds differently."""
+    chat_policy.bf16 = True
+    args = RunArgs(num_prompts=3, group_size=2, max_turns=3, max_turn_tokens=4)
+    episodes = collect_groups(chat_policy, make_envs(args, 6), args, 0, history_turns)
+    batch = collate(episodes, chat_policy.device)
+    logprobs, _ = token_logprobs(chat_policy, batch, args.temperature)
+    assert torch.allclose(logprobs, batch["old_logprobs"], atol=1e-5)
+    assert all(p.dtype == torch.float32 for p in chat_policy.model.parameters())
