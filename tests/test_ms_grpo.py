@@ -132,6 +132,11 @@ def test_absolute_advantage_weights_by_hand(ddof):
         assert absolute_advantage_weights(advantages, power).tolist() == pytest.approx(expected)
 
 
+def test_a_uniform_draw_also_leaves_out_what_carries_no_signal():
+    advantages = torch.tensor([0.0, 1.0, -2.0, 0.0])
+    assert absolute_advantage_weights(advantages, power=0.0).tolist() == [0.0, 0.5, 0.5, 0.0]
+
+
 def test_weights_across_groups_depend_on_the_scale():
     scores, group = [2.0, 0, -1, 3, 0.2, 0, 0.2, 0], [0] * 4 + [1] * 4
     with_std = absolute_advantage_weights(relative(scores, group))

@@ -1,0 +1,61 @@
+"""Every number in README and docs comes from results/*.csv."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from results import report
+
+
+def block(page: str, name: str) -> str:
+    return (ROOT / page).read_text().split(f"<!-- table: {name} -->\n")[1].split("\n<!-- end -->")[0]
+
+
+@pytest.mark.parametrize("algo", list(report.CLAIMS))
+def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
+    rows = report.read(ROOT / f"results/{algo}.csv")
+    for claim, (metric, _, arms) in report.CLAIMS[algo].items():
+        assert block(f"docs/{algo}.md", claim) == report.claim_table(rows, metric, arms)
+        seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
+        assert len(seeds[0]) >= 5 and all(s == seeds[0] for s in seeds), "paired seeds"
+
+
+def test_the_results_of_the_readme_are_those_of_the_csv():
+    assert block("README.md", "results") == report.readme_table()
+
+
+def test_the_line_counts_of_the_readme_are_right():
+    for path in (ROOT / "algos").glob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert f"[`{path.name}`](algos/{path.name}) ({lines})" in (ROOT / "README.md").read_text()
+
+
+def test_bootstrap_and_verdict():
+    low, high = report.bootstrap(np.array([0.1, 0.2, 0.3]))
+    assert 0.1 <= low < 0.2 < high <= 0.3 and report.verdict(low, high) == "supported"
+    assert report.verdict(-0.2, -0.1) == "refuted" and report.verdict(-0.1, 0.1) == "inconclusive"
+    low, high = report.bootstrap(np.full(5, 0.5))
+    assert low == high == 0.5
+
+
+def test_collecting_runs_by_hand(tmp_path, monkeypatch):
+    """Two evaluations 0.2 and 0.6: area 0.4; two optimizer steps an iteration."""
+    folder = tmp_path / "runs/toy/arm_a-7/run"
+    folder.mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    (folder / "summary.json").write_text('{"success_start": 0.2, "success_end": 0.6}')
+    (folder / "args.json").write_text('{"versions": {"commit": "0123456789abcdef"}}')
+    (folder / "metrics.csv").write_text(
+        "iteration,eval_success,eval_return,optimizer_steps,drawn_advantage,groups_without_signal\n"
+        "0,0.2,-1,,,\n1,,,2,0.5,0.25\n2,0.6,1,2,,0.75\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.collect(tmp_path / "runs", "toy")
+    [row] = csv.DictReader(open(tmp_path / "results/toy.csv"))
+    assert row == {"arm": "arm_a", "seed": "7", "success_start": "0.2", "success_end": "0.6",
+                   "success_area": "0.4", "return_area": "0", "optimizer_steps": "4",
+                   "drawn_advantage": "0.25", "groups_without_signal": "0.5",
+                   "commit": "0123456789"}
+    curves = list(csv.DictReader(open(tmp_path / "results/toy_curves.csv")))
+    assert [(c["iteration"], c["success"]) for c in curves] == [("0", "0.2"), ("2", "0.6")]
