@@ -397,3 +397,14 @@ def test_in_bf16_the_old_logprobs_are_those_of_the_training_pass(chat_policy, hi
     logprobs, _ = token_logprobs(chat_policy, batch, args.temperature)
     assert torch.allclose(logprobs, batch["old_logprobs"], atol=1e-5)
     assert all(p.dtype == torch.float32 for p in chat_policy.model.parameters())
+
+
+@pytest.mark.parametrize("terminated,truncated", [(True, True), (True, False), (False, True)])
+def test_an_end_and_a_time_limit_in_one_step_are_one_termination(terminated, truncated):
+    """gymnasium's TimeLimit may report both: a value must then not be bootstrapped."""
+    env = make_envs(RunArgs(), 1)[0]
+    env.step = lambda action: ("end", 1.0, terminated, truncated, {"success": True})
+    [episode] = start_episodes([env], [0])
+    episode.answer(env, Turn("start", "go"))
+    assert (episode.terminated, episode.truncated) == (terminated, not terminated)
+    assert episode.done and episode.total_reward == 1.0 and episode.success
