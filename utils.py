@@ -170,9 +170,10 @@ class Policy:
         return [self.end_id] * (turn.token_ids[-1] != self.end_id) + self.between
 
     def forward(self, tokens: Tensor, **kwargs) -> Tensor:
-        """The logits (B, T or fewer, V), in fp32."""
+        """The logits (B, T or fewer, V), in fp32; decoding (with a cache) is not compiled."""
+        compiled = self.compiled is not None and not kwargs["use_cache"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return (self.compiled or self.model)(tokens, **kwargs).logits.float()
+            return (self.compiled if compiled else self.model)(tokens, **kwargs).logits.float()
 
     def save(self, folder: Path):
         self.model.save_pretrained(folder)

@@ -141,6 +141,21 @@ def test_a_chat_model_from_a_folder_trains(tmp_path, chat_folder):
     assert summary["iterations"] == 2 and summary["generated_tokens"] > 0
 
 
+def test_compile_is_used_in_updates_and_changes_nothing(tmp_path, monkeypatch):
+    """With the eager backend, which needs no compiler."""
+    calls, original = [], torch.compile
+
+    def compile_and_count(model, **options):
+        calls.append(original(model, backend="eager", **options))
+        return calls[-1]
+    monkeypatch.setattr(torch, "compile", compile_and_count)
+    for name, flag in (("plain", False), ("compiled", True)):
+        ms_grpo.main(quick(tmp_path / name, compile=flag, kl_coefficient=0.1))
+    assert len(calls) == 1
+    for name, weight in weights(only_run(tmp_path / "plain")).items():
+        assert torch.allclose(weight, weights(only_run(tmp_path / "compiled"))[name], atol=1e-6)
+
+
 def test_training_curve_can_be_sent_to_tensorboard_or_says_what_is_missing(tmp_path, capsys):
     try:
         import tensorboard  # noqa: F401
