@@ -27,8 +27,8 @@ import transformers
 
 from envs.episodes import EnvironmentFault, Episode
 from utils import (
-    Policy, RunArgs, all_reduce_sum, episode_metrics, make_envs, quiet, rank,
-    stop, world_size,
+    Policy, RunArgs, all_gather, all_reduce_sum, episode_metrics, make_envs, quiet, rank, stop,
+    world_size,
 )
 
 MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns"}
@@ -53,6 +53,8 @@ def check_args(args: RunArgs):
         stop(f"--device {args.device}: {str(error).splitlines()[0]}")
     if device.type == "cuda" and not torch.cuda.is_available():
         stop(f"--device {args.device}: there is no CUDA device")
+    if world_size() > 1 and device.index is not None:
+        stop(f"--device {args.device}: with several processes say cuda, each takes its own device")
 
 
 class Run:
@@ -74,9 +76,12 @@ class Run:
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.totals = {"generated_tokens": 0, "environment_steps": 0}
         self.clock = time.perf_counter()  # on resume moved back by the seconds spent before
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id.rpartition('/')[2]}__{algo}__{args.seed}__{stamp}"
+        stamp = [time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 10**6 % 1000:03d}"]
+        if world_size() > 1:
+            dist.broadcast_object_list(stamp)
+        name = f"{args.env_id.rpartition('/')[2]}__{algo}__{args.seed}__{stamp[0]}"
         self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.writes = rank() == 0 and not (args.resume and args.eval_only)
         if args.resume:
             self.check_resume(algo)
         self.eval_envs = make_envs(args, min(args.eval_episodes, 256), evaluation=True)
@@ -107,8 +112,9 @@ class Run:
         except (OSError, ValueError, KeyError):
             stop(f"--resume {self.folder}: no run folder with a readable args.json")
         now |= dataclasses.asdict(self.args)
+        free = {"eval_episodes", "eval_temperature"} if self.args.eval_only else set()
         other = [f"{name} {saved.get(name)} (now {value})" for name, value in now.items()
-                 if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value]
+                 if name not in MAY_CHANGE_ON_RESUME | free and saved.get(name) != value]
         if other:
             stop(f"--resume {self.folder} was made with other settings: {', '.join(other)}")
 
@@ -141,7 +147,7 @@ class Run:
         if not folder.exists():  # killed between the two renames of save()
             folder = self.folder / "checkpoint.old"
         try:
-            saved = torch.load(folder / "trainer_state.pt", policy.device, weights_only=True)
+            saved = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
             model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
             policy.model.load_state_dict(model.state_dict())
             for name, target in state.items():
@@ -177,21 +183,24 @@ class Run:
         args, self.training = self.args, True
         if not self.rows:
             self.rows.append({"iteration": 0})
-        if self.start == 0 or args.eval_only:
+        due = self.start % args.eval_every == 0 or self.start == args.num_iterations
+        if args.eval_only or (due and "eval_success" not in self.rows[-1]):
             self.evaluated(*evaluation())
         steps = range(self.start, self.start if args.eval_only else args.num_iterations)
         self.progress = tqdm.tqdm(steps, "train", args.num_iterations, initial=self.start,
                                   disable=quiet())
         for iteration in self.progress:
             yield iteration
+            stopping = int(all_gather(torch.tensor([self.signal])).max())  # one decision for all
             done, last = iteration + 1, iteration + 1 == args.num_iterations
-            if (done % args.eval_every == 0 or last) and not self.signal:
+            if (done % args.eval_every == 0 or last) and not stopping:
                 self.evaluated(*evaluation())
-            if (done % args.save_every == 0 or last or self.signal) and rank() == 0:
+            if (done % args.save_every == 0 or last or stopping) and rank() == 0:
                 self.save(policy, **state)
-            if self.signal:
-                print(f"stopped; continue with --resume {self.folder}", file=sys.stderr)
-                raise SystemExit(128 + self.signal)
+            if stopping:
+                if rank() == 0:
+                    print(f"stopped; continue with --resume {self.folder}", file=sys.stderr)
+                raise SystemExit(128 + stopping)
 
     def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float]):
         """Start the row of an iteration: what the episodes were like and what the update did."""
@@ -225,7 +234,7 @@ class Run:
         """Add to the current row; metrics.csv is replaced as a whole."""
         self.rows[-1] |= metrics | self.totals | {
             "seconds": round(time.perf_counter() - self.clock, 2)}
-        if rank() == 0:
+        if self.writes:
             with open(self.folder / "metrics.new", "w", newline="") as file:
                 table = csv.DictWriter(file, list(dict.fromkeys(k for r in self.rows for k in r)))
                 table.writeheader()
@@ -235,8 +244,10 @@ class Run:
             self.writer.add_scalar(name, value, int(self.rows[-1]["iteration"]))
 
     def write_samples(self, iteration: int | str, episodes: list[Episode]):
+        if not self.writes and iteration != "fault":
+            return
         with open(self.folder / "samples.jsonl", "a") as file:
-            for e in episodes if rank() == 0 else ():
+            for e in episodes:
                 record = {"iteration": iteration, "seed": e.seed, "success": e.success,
                           "return": e.total_reward, "last_observation": e.observation,
                           "turns": [[t.observation, t.action, t.reward] for t in e.turns]}
@@ -249,9 +260,10 @@ class Run:
                    for when, row in (("start", evals[0]), ("end", evals[-1]))}
         summary |= {"iterations": int(evals[-1]["iteration"]), **self.totals,
                     "seconds": round(time.perf_counter() - self.clock, 1)}
-        if rank() == 0:
+        if self.writes:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
             self.plot(evals)
+        if rank() == 0:
             print("success {success_start:.3f} -> {success_end:.3f}, return {return_start:.3f} -> "
                   "{return_end:.3f}, {seconds:.0f} s: ".format(**summary) + str(self.folder))
         return summary

@@ -74,6 +74,11 @@ def stop(message: str):
     raise SystemExit(2)
 
 
+def reason(error: Exception) -> str:
+    """The first line of an error, for one clear line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # === 2. Processes and random streams =============================================================
 # Every random number comes from a stream named by integers: (run seed, purpose, iteration, index).
 # No generator lives across iterations, so a resumed run, a run on two processes and a run with
@@ -194,7 +199,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None) -> Policy:
                         "" if tiny else getattr(env.unwrapped, "instructions", ""),
                         bf16=args.device.startswith("cuda") and not tiny)
     except Exception as error:  # transformers, safetensors and jinja each have their own
-        stop(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        stop(f"--model {args.model} cannot be loaded: {reason(error)}")
     policy.compiled = torch.compile(model, dynamic=True) if args.compile else None
     return policy
 
@@ -354,10 +359,10 @@ def make_envs(args: RunArgs, count: int, evaluation: bool = False) -> list[gym.E
     try:
         kwargs = json.loads(args.env_kwargs)
         return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError):
-        stop(f"--env-id {args.env_id}: no such environment; known: {', '.join(known_ids())}")
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        stop(f"--env-id {args.env_id}: {reason(error)} Known: {', '.join(known_ids())}")
     except (gym.error.Error, ValueError, TypeError) as error:
-        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {str(error).splitlines()[0]}")
+        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {reason(error)}")
 
 
 @torch.no_grad()
@@ -576,10 +581,14 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
 
 def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
              history_turns: int | None = None) -> tuple[dict[str, float], list[Episode]]:
-    """One episode on each held-out seed, sampled at the evaluation temperature."""
+    """One episode on each held-out seed, sampled at the evaluation temperature.
+
+    The processes share the seeds: metrics of all, episodes of this one.
+    """
     episodes: list[Episode] = []
-    for first in range(0, args.eval_episodes, len(envs)):
-        index = range(first, min(first + len(envs), args.eval_episodes))
+    share = range(args.eval_episodes)[rank() :: world_size()]
+    for first in range(0, len(share), len(envs)):
+        index = share[first : first + len(envs)]
         started = start_episodes(envs[: len(index)], [EVALUATION_SEEDS + i for i in index])
         episodes += rollout(policy, envs, started,
                             [random_stream(args.seed, EVALUATE, i) for i in index],

@@ -24,7 +24,9 @@ Deviations and choices
     D2  Groups whose returns are all equal carry no signal and are never drawn, in any arm.
     D3  Minibatches are made of drawn episodes, not of shuffled turns, so that they do not depend on
         the number of processes.
-    D4  --credit return_to_go and step are controls, not the paper's method.
+    D4  --credit return_to_go and step are controls, not the paper's method; --history-turns n shows
+        n earlier turns. Both are off.
+    D5  Entropy coefficient 0.01 (author code: 0.001), dual clip off (author code: 3).
 
     python algos/ms_grpo.py        about 2 minutes on 2 CPU cores
 """
@@ -69,7 +71,7 @@ class Args(RunArgs):
     kl_in_reward: float = 0.0  # weight of the k1 estimate of that KL, subtracted from the rewards
     entropy_coefficient: float = 0.01  # weight of the entropy bonus, c in Eq. 4
     history_turns: int = 0  # earlier turns the policy sees besides the current observation
-    num_epochs: int = 1  # passes over the drawn episodes
+    num_epochs: int = 1  # passes over the drawn episodes, in the same minibatches
     num_minibatches: int = 2  # optimizer steps per pass
 
 
@@ -88,14 +90,14 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, scale: str = "gr
                               degrees_of_freedom: int = 1, epsilon: float = 1e-6) -> Tensor:
     """Scores relative to the mean (and in units of the std) of their group. Eq. 2
 
-    scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of equal scores
+    scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of scores equal to 1e-6
     """
     assert scores.shape == group_id.shape and scale in ("group_std", "none")
     advantages = torch.zeros_like(scores)
     for group in group_id.unique():
         members = group_id == group
         values = scores[members]
-        if len(values) > 1 and values.max() > values.min():
+        if len(values) > 1 and values.max() - values.min() > 1e-6:  # sums of floats may differ
             centred = values - values.mean()
             std = values.std(correction=degrees_of_freedom)
             advantages[members] = centred / (std + epsilon) if scale == "group_std" else centred
@@ -110,14 +112,14 @@ def turn_advantages(turn_rewards: Tensor, turn_mask: Tensor, group_id: Tensor, c
     turn_rewards (E, K), turn_mask (E, K), group_id (E,) -> (E, K), 0 after the end. The controls
     return_to_go and step compare a turn's value with all turns of its group.
     """
-    rewards = torch.where(turn_mask, turn_rewards, 0.0)  # (E, K)
-    advantages = torch.zeros_like(rewards)
     if credit == "episode":
-        returns = episode_returns(rewards, turn_mask)
+        returns = episode_returns(turn_rewards, turn_mask)
         relative = group_relative_advantages(returns, group_id, scale, degrees_of_freedom)
         return torch.where(turn_mask, relative[:, None], 0.0)
+    rewards = torch.where(turn_mask, turn_rewards, 0.0)  # (E, K)
     values = rewards.flip(1).cumsum(1).flip(1) if credit == "return_to_go" else rewards
     groups = group_id[:, None].expand_as(rewards)
+    advantages = torch.zeros_like(rewards)
     advantages[turn_mask] = group_relative_advantages(
         values[turn_mask], groups[turn_mask], scale, degrees_of_freedom)
     return advantages
@@ -191,7 +193,7 @@ def aggregation_weights(turn_id: Tensor, episode_id: Tensor, aggregation: str) -
     1 / tokens of the turn; episode_mean: 1 / (tokens of the turn * turns of the episode)
     """
     mask = turn_id >= 0
-    if aggregation == "token_mean":
+    if aggregation == "token_mean" or not mask.any():
         return mask.float()
     turns = int(turn_id.max()) + 1
     turn_key = episode_id[:, None] * turns + turn_id  # (B, T), a number for every turn played
@@ -273,7 +275,7 @@ def main(args: Args) -> dict[str, float]:
                 rewards -= args.kl_in_reward * sum_over_turns(kl, batch["turn_id"],
                                                               batch["episode_id"], rewards.shape)
 
-            # 3. advantages, and the draw of the episodes to train on
+            # 3. advantages; the draw goes by the episode's own, whatever --credit
             group_id = torch.arange(len(episodes), device=policy.device) // args.group_size
             credit = turn_advantages(rewards, turn_mask, group_id, args.credit, args.scale,
                                      args.degrees_of_freedom)  # (E, K)
@@ -289,9 +291,8 @@ def main(args: Args) -> dict[str, float]:
 
             # 4. update; an iteration without any signal is skipped
             updates = []
-            for minibatch in np.array_split(drawn, args.num_minibatches) * args.num_epochs:
-                if len(drawn) == 0:
-                    break
+            parts = min(args.num_minibatches, len(drawn))
+            for minibatch in np.array_split(drawn, parts) * args.num_epochs if parts else []:
                 here = minibatch[minibatch // len(episodes) == rank()] % len(episodes)
                 # an episode drawn twice stands in the batch twice, as two episodes
                 batch = collate([episodes[i] for i in here], policy.device)

@@ -26,8 +26,8 @@ class TextEnv(gym.Env):
     """A gymnasium environment whose observations and actions are text.
 
     Beyond gymnasium: `instructions` are the rules for a pretrained model (its system message),
-    `demonstrate(rng)` is the next action of a noisy scripted player (for the warm start), and
-    `evaluation_kwargs` are the constructor arguments that differ when a policy is evaluated.
+    `demonstrate(rng)`, if there is one, is the next action of a noisy scripted player (for the warm
+    start), and `evaluation_kwargs` are the constructor arguments that differ in an evaluation.
     """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
@@ -40,9 +40,6 @@ class TextEnv(gym.Env):
         self.action_space = gym.spaces.Text(self.max_text, min_length=0, charset=CHARSET)
         self.render_mode = render_mode
         self.ended = True
-
-    def demonstrate(self, rng) -> str:
-        raise NotImplementedError(f"{type(self).__name__} has no scripted player")
 
     def check_running(self):
         if self.ended:

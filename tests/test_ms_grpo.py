@@ -26,7 +26,7 @@ def table(rows):
 
 
 def relative(scores, group=None, **options):
-    scores = torch.tensor(scores)
+    scores = torch.as_tensor(scores)
     group = torch.zeros(len(scores), dtype=torch.long) if group is None else torch.tensor(group)
     return group_relative_advantages(scores, group, epsilon=0.0, **options)
 
@@ -95,6 +95,8 @@ def test_group_advantages_against_a_loop_from_the_paper():
 def test_a_group_of_one_or_of_equals_gets_exactly_zero():
     assert relative([5.0]).tolist() == [0.0]
     assert relative([0.1] * 7).tolist() == [0.0] * 7
+    one_apple = [sum([1.0 - 0.01] + [-0.01] * 7), sum([-0.01] * 7 + [1.0 - 0.01])]
+    assert relative(torch.tensor(one_apple) + torch.tensor([0.0, 6e-8])).tolist() == [0.0, 0.0]
     assert relative([0.1, 0.1, 5.0, 1.0, 0.0], [0, 0, 1, 2, 2], scale="none").tolist() == [
         0, 0, 0, 0.5, -0.5]
 
@@ -413,8 +415,10 @@ def test_the_first_step_is_on_policy(tiny_policy, training_batch):
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_rank_without_rows_still_takes_the_step(tiny_policy):
-    metrics, gradient = run_update(tiny_policy, collate([], CPU) | {"advantages": torch.zeros(0, 1)})
+@pytest.mark.parametrize("aggregation", ["token_mean", "turn_mean", "episode_mean"])
+def test_a_rank_without_rows_still_takes_the_step(tiny_policy, aggregation):
+    batch = collate([], CPU) | {"advantages": torch.zeros(0, 1)}
+    metrics, gradient = run_update(tiny_policy, batch, aggregation=aggregation)
     assert gradient.norm() == 0.0 and metrics["grad_norm"] == 0.0
 
 
@@ -427,6 +431,7 @@ QUICK = {"num_prompts": 2, "group_size": 4, "warm_start_steps": 20, "num_iterati
     {"sampling": "all", "aggregation": "episode_mean", "scale": "none", "num_epochs": 2},
     {"sampling": "uniform", "replacement": False, "credit": "step", "episodes_per_update": 3},
     {"kl_coefficient": 0.1, "kl_in_reward": 0.1, "dual_clip": 3.0, "history_turns": 2},
+    {"aggregation": "turn_mean", "num_minibatches": 8, "episodes_per_update": 3},
     {"env_id": "turnrl/Snake-v0", "credit": "return_to_go", "aggregation": "turn_mean"},
     {"env_id": "Taxi-v4", "max_turns": 3}])
 def test_every_arm_runs(flags, tmp_path):
