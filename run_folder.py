@@ -94,6 +94,7 @@ class Run:
             record = {"algo": algo, "args": dataclasses.asdict(args), "versions": versions}
             record["versions"]["commit"] = commit
             (self.folder / "args.json").write_text(json.dumps(record, indent=1))
+            print(f"run folder: {self.folder}")
         if args.track != "none" and rank() == 0:
             try:
                 if args.track == "wandb":

@@ -8,7 +8,7 @@ What limits the ratio: from scratch, turn k reads k observations instead of one,
 token flat: attention to the history, which grows with it, must be small beside the rest of the model,
 that is, tokens of history below about six times the width.
 
-    python tests/benchmarks/rollout.py [--threads 2] [--width 256] [--tokens 2] [--episodes 64]
+    python tests/benchmarks/rollout.py [--threads 2] [--width 256] [--tokens 2] [--observation 30]
 """
 
 import argparse
@@ -21,17 +21,36 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from envs.episodes import Turn, demonstrations, start_episodes
-from utils import Policy, RunArgs, make_envs, make_tiny, random_stream, rollout
+from envs.episodes import Turn, start_episodes
+from envs.text_env import TextEnv
+from utils import Policy, RunArgs, make_tiny, random_stream, rollout
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--episodes", type=int, default=64)
 parser.add_argument("--tokens", type=int, default=2)
-parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--observation", type=int, default=30)
+parser.add_argument("--repeats", type=int, default=3)
 options = parser.parse_args()
 EPISODES, TOKENS, REPEATS = options.episodes, options.tokens, options.repeats
+
+
+class Echo(TextEnv):
+    """Says the same words every turn, whatever it is told, for a fixed number of turns."""
+
+    def __init__(self, turns):
+        super().__init__()
+        self.turns, self.text = turns, " word" * options.observation
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return self.text, {}
+
+    def step(self, action):
+        self.turn += 1
+        return self.text, 0.0, False, self.turn == self.turns, {}
 
 
 @torch.no_grad()
@@ -53,30 +72,25 @@ def generate_from_scratch(policy, envs, episodes, turns):
 
 def main():
     torch.set_num_threads(options.threads)
-    args = RunArgs()
-    seen = demonstrations(make_envs(args, 1)[0], range(64), 8, random_stream(0))
-    _, tokenizer = make_tiny(args, [x for e in seen for t in e.turns for x in (t.observation, t.action)])
+    _, tokenizer = make_tiny(RunArgs(), [" word"] * 9)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=options.width, intermediate_size=3 * options.width,
         num_hidden_layers=4, num_attention_heads=options.width // 32, max_position_embeddings=2048,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3))
     policy = Policy(model, tokenizer, "cpu")
-    words = [i for word in ("left", "down", "right", "up") for i in policy.encode(word)]
-    never = torch.tensor([policy.end_id, *words])
+    assert len(policy.encode(Echo(1).text)) == options.observation
+    never = torch.tensor([policy.end_id])
     policy.model.eval().lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, never, -1e9))
-    print(f"{EPISODES} episodes, {TOKENS} sampled tokens a turn, "
+    print(f"{EPISODES} episodes, {options.observation} + {TOKENS} tokens a turn (observed + sampled), "
           f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} million parameters, "
           f"{torch.get_num_threads()} threads, median of {REPEATS}")
     print("turns  tokens  rollout tokens/s  generate tokens/s  ratio  rollout us/token")
     per_token = {}
     for turns in (2, 6, 16):
-        # nothing readable is said; the game then moves left, which is no move at the start, so
-        # that every episode has all its turns
-        args = RunArgs(env_kwargs=f'{{"max_turns": {turns}}}')
         seconds = {"rollout": [], "generate": []}
         for _ in range(REPEATS + 1):
             for name, times in seconds.items():
-                envs = make_envs(args, EPISODES)
+                envs = [Echo(turns) for _ in range(EPISODES)]
                 episodes = start_episodes(envs, list(range(EPISODES)))
                 rngs = [random_stream(i) for i in range(EPISODES)]
                 start = time.perf_counter()
