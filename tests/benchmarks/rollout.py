@@ -8,10 +8,12 @@ What limits the ratio: from scratch, turn k reads k observations instead of one,
 token flat: attention to the history, which grows with it, must be small beside the rest of the model,
 that is, tokens of history below about six times the width.
 
-    python tests/benchmarks/rollout.py [--threads 2] [--width 256] [--tokens 2] [--observation 30]
+    python tests/benchmarks/rollout.py [--threads 2] [--width 256] [--observation 12]
+        [--tokens 2] [--episodes 64] [--csv results/rollout.csv]
 """
 
 import argparse
+import csv
 import statistics
 import sys
 import time
@@ -30,8 +32,9 @@ parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--episodes", type=int, default=64)
 parser.add_argument("--tokens", type=int, default=2)
-parser.add_argument("--observation", type=int, default=30)
+parser.add_argument("--observation", type=int, default=12)
 parser.add_argument("--repeats", type=int, default=3)
+parser.add_argument("--csv", help="append the rows to this file, e.g. results/rollout.csv")
 options = parser.parse_args()
 EPISODES, TOKENS, REPEATS = options.episodes, options.tokens, options.repeats
 
@@ -85,7 +88,7 @@ def main():
           f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} million parameters, "
           f"{torch.get_num_threads()} threads, median of {REPEATS}")
     print("turns  tokens  rollout tokens/s  generate tokens/s  ratio  rollout us/token")
-    per_token = {}
+    per_token, rows = {}, []
     for turns in (2, 6, 16):
         seconds = {"rollout": [], "generate": []}
         for _ in range(REPEATS + 1):
@@ -106,7 +109,19 @@ def main():
         per_token[turns] = ours / tokens
         print(f"{turns:5d}  {tokens:6d}  {tokens / ours:16.0f}  {tokens / theirs:17.0f}  "
               f"{theirs / ours:5.2f}  {1e6 * ours / tokens:16.1f}")
+        rows.append({"width": options.width, "threads": options.threads, "episodes": EPISODES,
+                     "observed": options.observation, "sampled": TOKENS, "turns": turns,
+                     "rollout_tokens_per_second": round(tokens / ours),
+                     "generate_tokens_per_second": round(tokens / theirs),
+                     "ratio": round(theirs / ours, 2)})
     print(f"seconds per token, 16 turns against 2 turns: {per_token[16] / per_token[2]:.2f}")
+    if options.csv:
+        new = not Path(options.csv).exists()
+        with open(options.csv, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
