@@ -442,9 +442,11 @@ def test_every_arm_runs(flags, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    """Three seeds on 3x3 maps: held-out success rises by at least 0.25 in 25 iterations."""
-    flags = {"env_kwargs": '{"size": 3, "max_turns": 6}', "num_iterations": 25, "num_prompts": 8,
-             "warm_start_steps": 150, "eval_every": 25, "print_samples": 0}
+    """The default run, cut to 20 iterations, three seeds: held-out success rises by at least 0.15.
+
+    In results/ms_grpo_curves.csv these seeds rose by 0.32 to 0.37.
+    """
     for seed in (1, 2, 3):
-        summary = main(Args(seed=seed, run_dir=str(tmp_path), **flags))
-        assert summary["success_end"] >= summary["success_start"] + 0.25, (seed, summary)
+        summary = main(Args(seed=seed, run_dir=str(tmp_path), num_iterations=20, eval_every=20,
+                            print_samples=0))
+        assert summary["success_end"] >= summary["success_start"] + 0.15, (seed, summary)
