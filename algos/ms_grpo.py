@@ -21,14 +21,14 @@ of K turns is K training rows. The G episodes of a group start from the same env
 Deviations and choices
     D1  Eq. 5: power 1, M = E / 2, with replacement, no importance correction. The paper names the
         idea only (--aaw-power, --episodes-per-update, --replacement).
-    D2  Groups whose returns are all equal carry no signal and are never drawn, in any arm.
+    D2  Episodes of advantage 0 (so all of a group of equal returns) are never drawn, in any arm.
     D3  Minibatches are made of drawn episodes, not of shuffled turns, so that they do not depend on
         the number of processes.
     D4  --credit return_to_go and step are controls, not the paper's method; --history-turns n shows
         n earlier turns. Both are off.
     D5  Entropy coefficient 0.01 (author code: 0.001), dual clip off (author code: 3).
 
-    python algos/ms_grpo.py        about 2 minutes on 2 CPU cores
+    python algos/ms_grpo.py        about 2.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
