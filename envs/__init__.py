@@ -5,6 +5,7 @@ import importlib
 import gymnasium as gym
 
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
+gym.register("turnrl/SearchQA-v0", entry_point="envs.search_qa:SearchQA")
 gym.register("turnrl/Snake-v0", entry_point="envs.snake:Snake")
 gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
 

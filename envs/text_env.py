@@ -33,11 +33,11 @@ class TextEnv(gym.Env):
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
     instructions = ""
     evaluation_kwargs: dict = {}
-    max_text = 2000
+    # of the class, so that a copy of the environment need not copy them
+    observation_space = gym.spaces.Text(2000, min_length=0, charset=CHARSET)
+    action_space = gym.spaces.Text(2000, min_length=0, charset=CHARSET)
 
     def __init__(self, render_mode: str | None = None):
-        self.observation_space = gym.spaces.Text(self.max_text, min_length=0, charset=CHARSET)
-        self.action_space = gym.spaces.Text(self.max_text, min_length=0, charset=CHARSET)
         self.render_mode = render_mode
         self.ended = True
 
