@@ -31,7 +31,8 @@ from utils import (
     world_size,
 )
 
-MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns"}
+MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
+               "forks"}
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "eval_only", "save_every", "run_dir", "track",
                         "compile", "print_samples", "micro_batch_tokens", "device"}
 
@@ -206,9 +207,9 @@ class Run:
     def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float]):
         """Start the row of an iteration: what the episodes were like and what the update did."""
         train = episode_metrics(episodes)
+        turns = {id(turn): turn for e in episodes for turn in e.turns}.values()  # shared ones once
         steps = all_reduce_sum(torch.tensor([
-            sum(len(e.turns) for e in episodes),
-            sum(len(turn.token_ids) for e in episodes for turn in e.turns)])).tolist()
+            len(turns), sum(len(turn.token_ids) for turn in turns)])).tolist()
         self.totals["environment_steps"] += steps[0]
         self.totals["generated_tokens"] += steps[1]
         self.rows.append({"iteration": iteration + 1})

@@ -110,11 +110,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """The tensors of all processes (equal shapes), concatenated along axis 0 in rank order."""
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    """The tensors of all processes, concatenated along axis 0 in rank order; lengths may differ."""
+    parts: list[Any] = [tensor.cpu()] * world_size()
     if world_size() > 1:
-        dist.all_gather(parts, tensor)
-    return torch.cat(parts) if world_size() > 1 else tensor
+        dist.all_gather_object(parts, tensor.cpu())
+    return torch.cat(parts).to(tensor.device) if world_size() > 1 else tensor
 
 
 # === 3. Policies =================================================================================
@@ -436,12 +436,18 @@ def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration
                        [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
                        max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
                        temperature=args.temperature, history_turns=history_turns)
-    if policy.bf16:  # the decoding pass rounds differently from the pass of the update
-        batch, turns = collate(episodes, policy.device), [t for e in episodes for t in e.turns]
-        sampled = batch_logprobs(policy, batch, args)[batch["turn_id"] >= 0]  # in order of turns
-        for turn, part in zip(turns, sampled.split([len(t.token_ids) for t in turns]), strict=True):
-            turn.logprobs = part.tolist()
+    refresh_logprobs(policy, episodes, args)
     return episodes
+
+
+def refresh_logprobs(policy: Policy, episodes: list[Episode], args: RunArgs):
+    """In bf16 decoding rounds differently from the update's pass: take the log-probs of that."""
+    if policy.bf16:
+        batch, turns = collate(episodes, policy.device), [t for e in episodes for t in e.turns]
+        logprobs, _ = batch_logprobs(policy, batch, args)
+        sampled = logprobs[batch["turn_id"] >= 0].split([len(t.token_ids) for t in turns])
+        for turn, part in zip(turns, sampled, strict=True):
+            turn.logprobs = part.tolist()
 
 
 # === 6. Batches and log-probs ====================================================================
@@ -511,14 +517,15 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
 
 
 @torch.no_grad()
-def batch_logprobs(policy: Policy, batch: dict[str, Tensor], args: RunArgs) -> Tensor:
-    """token_logprobs of a batch of any size, without gradient: (B, T)."""
-    logprobs = torch.zeros_like(batch["old_logprobs"])
-    numbered = batch | {"row": torch.arange(len(logprobs), device=policy.device)}
+def batch_logprobs(policy: Policy, batch: dict[str, Tensor],
+                   args: RunArgs) -> tuple[Tensor, Tensor]:
+    """token_logprobs of a batch of any size, without gradient: two (B, T)."""
+    values = batch["old_logprobs"].new_zeros(2, *batch["tokens"].shape)
+    numbered = batch | {"row": torch.arange(len(batch["tokens"]), device=policy.device)}
     for part in micro_batches(numbered, args.micro_batch_tokens):
-        values, _ = token_logprobs(policy, part, args.temperature)
-        logprobs[part["row"], : values.shape[1]] = values
-    return logprobs
+        here = torch.stack(token_logprobs(policy, part, args.temperature))
+        values[:, part["row"], : here.shape[2]] = here
+    return values[0], values[1]
 
 
 def token_entropy(logits: Tensor) -> Tensor:

@@ -271,7 +271,8 @@ def main(args: Args) -> dict[str, float]:
             rewards, turn_mask = turn_table(episodes, lambda turn: turn.reward, policy.device)
             if args.kl_in_reward:
                 batch = collate(episodes, policy.device)
-                kl = batch["old_logprobs"] - batch_logprobs(reference, batch, args)  # (B, T), k1
+                ref_logprobs, _ = batch_logprobs(reference, batch, args)
+                kl = batch["old_logprobs"] - ref_logprobs  # (B, T), estimator k1
                 rewards -= args.kl_in_reward * sum_over_turns(kl, batch["turn_id"],
                                                               batch["episode_id"], rewards.shape)
 

@@ -19,9 +19,10 @@ NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jac
          "Mia", "Nils", "Olga", "Paul", "Quinn", "Rosa", "Sam", "Tina", "Uma", "Vera", "Will",
          "Xena", "Yara", "Zoe", "Amir", "Bela", "Carl", "Dora", "Emil", "Fay")
 RELATIONS = ("boss", "friend", "teacher", "doctor", "neighbor", "cousin", "coach", "tenant")
-REGIMES = {  # smallest and largest number of hops, noise of the demonstrator (premature, wrong)
-    "easy": (2, 3, 0.25, 0.25), "middle": (3, 3, 0.3, 0.3), "sparse": (4, 4, 0.3, 0.3),
-    "hopeless": (5, 5, 0.5, 0.5)}
+REGIMES = {  # fewest and most hops; noise of the demonstrator: premature, wrong, guess
+    "easy": (2, 3, 0.25, 0.25, False), "middle": (3, 3, 0.3, 0.3, False),
+    "sparse": (4, 4, 0.3, 0.3, False), "middle_guess": (3, 3, 0.3, 0.3, True),
+    "sparse_guess": (4, 4, 0.3, 0.3, True)}
 RULES = """You answer questions about people by searching facts, one relation at a time.
 "question Ada boss friend" asks: who is the friend of the boss of Ada?
 Each turn, write one line: "search NAME RELATION" finds one fact, such as search Ada boss;
@@ -35,14 +36,14 @@ class SearchQA(TextEnv):
 
     def __init__(self, regime: str = "easy", min_hops: int | None = None,
                  max_hops: int | None = None, premature: float | None = None,
-                 wrong: float | None = None, num_entities: int = 24, num_relations: int = 4,
-                 distractor_rate: float = 0.25, extra_turns: int = 3, format_penalty: float = 0.0,
-                 render_mode: str | None = None):
+                 wrong: float | None = None, guess: bool | None = None, num_entities: int = 24,
+                 num_relations: int = 4, distractor_rate: float = 0.25, extra_turns: int = 3,
+                 format_penalty: float = 0.0, render_mode: str | None = None):
         super().__init__(render_mode)
         if regime not in REGIMES:
             raise ValueError(f"regime {regime!r}: choose from {', '.join(REGIMES)}")
-        given = (min_hops, max_hops, premature, wrong)
-        self.min_hops, self.max_hops, self.premature, self.wrong = (
+        given = (min_hops, max_hops, premature, wrong, guess)
+        self.min_hops, self.max_hops, self.premature, self.wrong, self.guess = (
             preset if value is None else value
             for value, preset in zip(given, REGIMES[regime], strict=True))
         if not 1 <= self.min_hops <= self.max_hops < num_entities <= len(NAMES):
@@ -113,7 +114,8 @@ class SearchQA(TextEnv):
         """
         premature, wrong = (self.premature, self.wrong) if noise is None else (noise, noise)
         if rng.random() < premature:
-            return f"answer {self.last or self.names[rng.integers(len(self.names))]}"
+            known = None if self.guess else self.last
+            return f"answer {known or self.names[rng.integers(len(self.names))]}"
         if self.known == len(self.route):
             return f"answer {self.path[-1]}"
         name, relation = self.path[self.known], self.route[self.known]
