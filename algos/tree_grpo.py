@@ -338,6 +338,8 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
     all_tokens = args.mask_denominator == "all" or args.aggregation != "token_mean"
     batch["weights"] = weights / all_reduce_sum(count).clamp(min=1)
     batch["kept_weights"] = kept / all_reduce_sum(count if all_tokens else kept.sum()).clamp(min=1)
+    parts = [mask, keep, entropies * keep, mask & ~keep, entropies * (mask & ~keep)]
+    tokens, *split = all_reduce_sum(torch.stack([part.sum().double() for part in parts])).tolist()
     sums = torch.zeros(5, device=policy.device)
     for rows in micro_batches(batch, args.micro_batch_tokens):
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
@@ -350,6 +352,9 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
         sums += torch.stack(list(stats.values()))
     names = ("loss", "entropy", "clip_fraction", "approx_kl", "kl_policy_ref_k3")
     metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
+    metrics |= {"entropy_threshold": threshold, "kept_share": split[0] / max(tokens, 1),
+                "entropy_kept": split[1] / max(split[0], 1),
+                "entropy_dropped": split[3] / max(split[2], 1)}
     return metrics | {"grad_norm": optimizer_step(policy.model, optimizer, args.max_grad_norm)}
 
 
@@ -403,7 +408,21 @@ def main(args: Args) -> dict[str, float]:
                 updates.append(update(policy, reference, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            metrics = {"optimizer_steps": len(updates)}
+            extremes = all_gather(torch.tensor([
+                [min(returns), max(returns)]
+                for returns in ([e.total_reward for e in tree] for tree in trees)]))
+            low, high = extremes.T.view(2, -1, args.group_size)  # (groups, M) of all processes
+            nodes = {id(turn): turn for e in episodes for turn in e.turns}.values()
+            leaves, in_rows, sampled = all_reduce_sum(torch.tensor([len(episodes), *(
+                sum(len(turn.token_ids) for turn in turns)
+                for turns in ((t for e in episodes for t in e.turns), nodes))])).tolist()
+            silent_groups, silent_trees = high.amax(1) - low.amin(1) <= 1e-6, high - low <= 1e-6
+            metrics = {
+                "groups_without_signal": silent_groups.double().mean().item(),
+                "trees_without_signal": silent_trees.double().mean().item(),
+                "leaves_per_1000_tokens": 1000 * leaves / max(sampled, 1),
+                "row_tokens_per_sampled": in_rows / max(sampled, 1),
+                "optimizer_steps": len(updates)}
             if updates:
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
             run.log(iteration, episodes, metrics)
