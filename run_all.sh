@@ -2,11 +2,13 @@
 # Regenerates every published number: all runs, then results/*.csv, tables and figures.
 #   ./run_all.sh            everything; about 60 minutes on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
-# SEEDS="1 2 3" and JOBS=2 (parallel processes with one thread each) may be set from outside.
+# SEEDS="1 2 3", JOBS=2 (parallel processes with one thread each) and SCRIPTS="igpo tree_grpo" (all by
+# default) may be set from outside.
 set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
+scripts=${SCRIPTS:-ms_grpo igpo tree_grpo}
 claims=runs/claims
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -19,6 +21,7 @@ export OMP_NUM_THREADS=1
 run() {  # run SCRIPT ARM FLAGS..: once for every seed, in the background, at most $jobs at a time
     local script=$1 arm=$2 seed
     shift 2
+    [[ " $scripts " == *" $script "* ]] || return 0
     for seed in $seeds; do
         local folder=$claims/$script/$arm-$seed
         if compgen -G "$folder/*/summary.json" >/dev/null; then continue; fi
@@ -38,6 +41,30 @@ run ms_grpo lake_all --sampling all
 run ms_grpo snake_episode --env-id turnrl/Snake-v0
 run ms_grpo snake_return_to_go --env-id turnrl/Snake-v0 --credit return_to_go
 run ms_grpo snake_step --env-id turnrl/Snake-v0 --credit step
+# IGPO: 2 to 3 hops (C1; middle_both is the default run), 3 hops with more noise (C2), 4 hops (C3).
+run igpo middle_both
+run igpo middle_outcome --reward-source outcome
+run igpo middle_gain --reward-source information_gain
+run igpo middle_prob --belief prob
+sparse='{"regime": "sparse"}'
+run igpo sparse_both --env-kwargs "$sparse"
+run igpo sparse_outcome --env-kwargs "$sparse" --reward-source outcome
+run igpo sparse_gain --env-kwargs "$sparse" --reward-source information_gain
+run igpo sparse_prob --env-kwargs "$sparse" --belief prob
+# Tree-GRPO, claim B: share of tokens kept (tree_top20 is the default run); claim A: trees or chains.
+run tree_grpo tree_top20
+run tree_grpo tree_all --keep-top-entropy 1
+run tree_grpo tree_top50 --keep-top-entropy 0.5
+run tree_grpo tree_top10 --keep-top-entropy 0.1
+run tree_grpo tree_bottom80 --invert-entropy-mask
+run tree_grpo tree_chains4 --keep-top-entropy 1 --chains
+run tree_grpo tree_chains6 --keep-top-entropy 1 --group-size 6 --forks 0
+run tree_grpo tree_intra --keep-top-entropy 1 --advantage intra
+run tree_grpo tree_inter --keep-top-entropy 1 --advantage inter
+hopeless='{"regime": "hopeless"}'
+run igpo hopeless_both --env-kwargs "$hopeless"
+run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome
+run igpo hopeless_prob --env-kwargs "$hopeless" --belief prob
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

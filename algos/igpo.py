@@ -30,7 +30,8 @@ Deviations and choices
     D4  --probe packed asks for all beliefs of an episode in one row; separate: a row per belief.
     D5  --advantage gigpo is a baseline (arXiv 2505.10978): steps are compared with the other steps
         of the group that had the same observation. --reward-source outcome is GRPO.
-    D6  Entropy coefficient 0.01, no KL (paper: KL 0.001, official code: entropy 0.001).
+    D6  No KL (paper: 0.001); entropy coefficient 0.001 and dual clip from the official code, the
+        latter off.
 
     python algos/igpo.py        about 2 minutes on 2 CPU cores
 """
@@ -62,6 +63,7 @@ from utils import (
 @dataclasses.dataclass
 class Args(RunArgs):
     env_id: str = "turnrl/SearchQA-v0"  # an environment whose info holds the right "answer"
+    learning_rate: float = 5e-4  # of AdamW, constant
 
     # Algorithm specific arguments
     reward_source: Literal["both", "outcome", "information_gain"] = "both"  # parts of r in Eq. 5
@@ -77,7 +79,7 @@ class Args(RunArgs):
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 7
     dual_clip: float | None = None  # bound on the ratio where A < 0 (official: 3); default off
     kl_coefficient: float = 0.0  # weight of KL(policy || start policy), estimator k3, in Eq. 7
-    entropy_coefficient: float = 0.01  # weight of the entropy bonus, c in Eq. 7
+    entropy_coefficient: float = 0.001  # weight of the entropy bonus, c in Eq. 7
     num_epochs: int = 1  # passes over the episodes, in the same minibatches
     num_minibatches: int = 2  # optimizer steps per pass
 

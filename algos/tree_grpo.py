@@ -66,6 +66,7 @@ from utils import (
 @dataclasses.dataclass
 class Args(RunArgs):
     env_id: str = "turnrl/SearchQA-v0"  # gymnasium id; module:Id-v0 imports the module first
+    learning_rate: float = 5e-4  # of AdamW, constant
     num_prompts: int = 24  # environment seeds (groups of trees) per iteration
     group_size: int = 2  # trees per prompt, M in Eq. 1
 

@@ -22,8 +22,8 @@ NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jac
          "Xena", "Yara", "Zoe", "Amir", "Bela", "Carl", "Dora", "Emil", "Fay")
 RELATIONS = ("boss", "friend", "teacher", "doctor", "neighbor", "cousin", "coach", "tenant")
 REGIMES = {  # parts, fewest and most hops of a part; noise of the demonstrator: premature, wrong
-    "easy": (1, 2, 3, 0.25, 0.25), "middle": (1, 3, 3, 0.3, 0.3), "sparse": (1, 4, 4, 0.3, 0.3),
-    "parts": (3, 1, 1, 0.3, 0.3), "sparse_parts": (4, 1, 1, 0.4, 0.4)}
+    "easy": (1, 1, 2, 0.25, 0.25), "middle": (1, 2, 3, 0.25, 0.25), "sparse": (1, 3, 3, 0.3, 0.3),
+    "hopeless": (1, 4, 4, 0.3, 0.3), "parts": (3, 1, 1, 0.1, 0.3)}
 RULES = """You answer questions about people by searching facts, one relation at a time.
 "question Ada boss friend" asks: who is the friend of the boss of Ada? Parts are joined by "and".
 Each turn, write one line: "search NAME RELATION" finds one fact, such as search Ada boss;
@@ -35,11 +35,11 @@ class SearchQA(TextEnv):
     answer_template = "answer {answer}"  # how the policy would write an answer
     instructions = RULES
 
-    def __init__(self, regime: str = "easy", parts: int | None = None, min_hops: int | None = None,
-                 max_hops: int | None = None, premature: float | None = None,
-                 wrong: float | None = None, num_entities: int = 24, num_relations: int = 4,
-                 distractor_rate: float = 0.25, extra_turns: int = 3, format_penalty: float = 0.0,
-                 render_mode: str | None = None):
+    def __init__(self, regime: str = "middle", parts: int | None = None,
+                 min_hops: int | None = None, max_hops: int | None = None,
+                 premature: float | None = None, wrong: float | None = None,
+                 num_entities: int = 24, num_relations: int = 4, distractor_rate: float = 0.25,
+                 extra_turns: int = 3, format_penalty: float = 0.0, render_mode: str | None = None):
         super().__init__(render_mode)
         if regime not in REGIMES:
             raise ValueError(f"regime {regime!r}: choose from {', '.join(REGIMES)}")

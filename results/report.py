@@ -23,6 +23,32 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
                ["lake_aaw", "lake_uniform", "lake_all"]),
         "C2": ("return", "Snake: what a turn is credited with",
                ["snake_episode", "snake_return_to_go", "snake_step"])},
+    "igpo": {
+        "C1": ("success", "middle: 2 to 3 hops",
+               ["middle_both", "middle_outcome", "middle_gain", "middle_prob"]),
+        "C2": ("success", "sparse: 3 hops, more noise",
+               ["sparse_both", "sparse_outcome", "sparse_gain", "sparse_prob"]),
+        "C3": ("success", "hopeless: 4 hops",
+               ["hopeless_both", "hopeless_outcome", "hopeless_prob"])},
+    "tree_grpo": {
+        "A": ("success", "trees or chains (all tokens)",
+              ["tree_all", "tree_chains4", "tree_chains6", "tree_intra", "tree_inter"]),
+        "B": ("success", "share of tokens kept (trees)",
+              ["tree_all", "tree_top50", "tree_top20", "tree_top10", "tree_bottom80"])},
+}
+EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
+    "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
+    "igpo": {"groups_of_equal_outcome": ("mean", "groups of equal outcome"),
+             "groups_without_signal": ("mean", "groups without signal"),
+             "eval_turns": ("end", "turns at the end"), "eval_truncated": ("end", None),
+             "probe_share": ("mean", "time on the probe")},
+    "tree_grpo": {"leaves_per_1000_tokens": ("mean", "leaves per 1000 tokens"),
+                  "row_tokens_per_sampled": ("mean", "row tokens per sampled"),
+                  "groups_without_signal": ("mean", "groups without signal"),
+                  "trees_without_signal": ("mean", "trees without signal"),
+                  "kept_share": ("mean", "kept"), "entropy": ("end", "entropy at the end"),
+                  "entropy_kept": ("mean", None), "entropy_dropped": ("mean", None),
+                  "clip_fraction": ("mean", None)},
 }
 
 
@@ -40,16 +66,18 @@ def collect(folder: Path, algo: str):
         evals = [row for row in metrics if row["eval_success"]]
         for row in evals:
             curves.append({"arm": arm, "seed": seed, "iteration": row["iteration"],
+                           "generated_tokens": row["generated_tokens"] or 0,
                            "success": row["eval_success"], "return": row["eval_return"]})
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
-        drawn, silent = ([float(row[name] or 0) for row in metrics[1:]]
-                         for name in ("drawn_advantage", "groups_without_signal"))
+        extra = {}
+        for name, (when, _) in EXTRA[algo].items():
+            values = [float(row[name]) for row in metrics[1:] if row.get(name)]
+            extra[name] = np.mean((values if when == "mean" else values[-10:]) or [0.0])
         versions = json.loads((summary.parent / "args.json").read_text())["versions"]
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
-                     "drawn_advantage": np.mean(drawn), "groups_without_signal": np.mean(silent),
-                     "commit": versions["commit"][:10]})
+                     **extra, "commit": versions["commit"][:10]})
     for name, table in ((algo, rows), (f"{algo}_curves", curves)):
         if table:
             with open(ROOT / f"results/{name}.csv", "w", newline="") as file:
@@ -76,25 +104,48 @@ def column(rows: list[dict[str, str]], arm: str, name: str) -> np.ndarray:
     return np.array([float(row[name]) for row in of_arm])
 
 
-def claim_table(rows: list[dict[str, str]], metric: str, arms: list[str]) -> str:
-    lines = [f"| arm | seeds | {metric} at start | at the end | mean over the run | end minus "
-             f"{arms[0]}: mean [95 %] | optimizer steps | generated tokens | seconds |",
-             "|---|---|---|---|---|---|---|---|---|"]
+def at_tokens(curves: list[dict[str, str]], arm: str, metric: str, tokens: float) -> np.ndarray:
+    """The metric of every seed of an arm after so many generated tokens, between evaluations."""
+    values = []
+    for seed in sorted({row["seed"] for row in curves if row["arm"] == arm}, key=int):
+        points = [row for row in curves if row["arm"] == arm and row["seed"] == seed]
+        values.append(np.interp(tokens, [float(row["generated_tokens"]) for row in points],
+                                [float(row[metric]) for row in points]))
+    return np.array(values)
+
+
+def claim_table(algo: str, claim: str) -> str:
+    """The table of a claim, and the verdicts on its first arm."""
+    metric, _, arms = CLAIMS[algo][claim]
+    rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
+    values = {arm: {name: column(rows, arm, f"{metric}_{name}")
+                    for name in ("start", "end", "area")} for arm in arms}
+    heads = {"start": f"{metric} at start", "end": "at the end", "area": "mean over the run"}
+    if algo != "ms_grpo":  # its curves hold no token counts
+        tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
+        heads["tokens"] = f"after {tokens / 1000:.0f}k tokens"
+        for arm in arms:
+            values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
+    extra = {name: head for name, (_, head) in EXTRA[algo].items() if head}
+    names = ["arm", "seeds", *heads.values(), f"end minus {arms[0]}: mean [95 %]", *extra.values(),
+             "optimizer steps", "generated tokens", "seconds"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for arm in arms:
-        start, end, area = (column(rows, arm, f"{metric}_{x}") for x in ("start", "end", "area"))
         against = "" if arm == arms[0] else "{:+.3f} [{:+.3f}, {:+.3f}]".format(
-            *(lambda d: (d.mean(), *bootstrap(d)))(end - column(rows, arms[0], f"{metric}_end")))
-        cells = [f"`{arm}`", str(len(end)), *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}"
-                                              for x in (start, end, area)), against]
+            *(lambda d: (d.mean(), *bootstrap(d)))(values[arm]["end"] - values[arms[0]]["end"]))
+        cells = [f"`{arm}`", str(len(values[arm]["end"])),
+                 *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in map(values[arm].get, heads)),
+                 against, *(f"{column(rows, arm, name).mean():.2f}" for name in extra)]
         cells += [f"{column(rows, arm, name).mean():.0f}"
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
     for arm in arms[1:]:
         parts = []
-        for name, words in (("end", "at the end"), ("area", "over the run")):
-            low, high = bootstrap(column(rows, arms[0], f"{metric}_{name}")
-                                  - column(rows, arm, f"{metric}_{name}"))
-            parts.append(f"{words} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}")
+        for name, words in (("end", "at the end"), ("area", "over the run"),
+                            ("tokens", "at equal tokens")):
+            if name in heads:
+                low, high = bootstrap(values[arms[0]][name] - values[arm][name])
+                parts.append(f"{words} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}")
         lines.append(f"\n`{arms[0]}` minus `{arm}`: " + "; ".join(parts) + ".")
     return "\n".join(lines)
 
@@ -129,7 +180,9 @@ def readme_table() -> str:
     lines = ["| script | environment | seeds | success: start | end | return: start | end "
              "| seconds |", "|---|---|---|---|---|---|---|---|"]
     for algo, arm, environment in [("ms_grpo", "lake_aaw", "Frozen Lake (default)"),
-                                   ("ms_grpo", "snake_episode", "Snake")]:
+                                   ("ms_grpo", "snake_episode", "Snake"),
+                                   ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
+                                   ("tree_grpo", "tree_top20", "search, 2 to 3 hops (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")
         cells = [f"[`{algo}`](docs/{algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
@@ -144,8 +197,7 @@ if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
         collect(runs, algo)
-        rows = read(ROOT / f"results/{algo}.csv")
-        for claim, (metric, _, arms) in claims.items():
-            replace_block(ROOT / f"docs/{algo}.md", claim, claim_table(rows, metric, arms))
+        for claim in claims:
+            replace_block(ROOT / f"docs/{algo}.md", claim, claim_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
     replace_block(ROOT / "README.md", "results", readme_table())

@@ -420,7 +420,7 @@ QUICK = {"num_prompts": 2, "group_size": 4, "warm_start_steps": 20, "num_iterati
     {"reward_source": "outcome", "aggregation": "token_mean"},
     {"reward_source": "information_gain", "probe": "separate", "belief": "prob"},
     {"normalization": "joint", "curriculum": True, "gamma": 0.9, "aggregation": "sequence_sum"},
-    {"advantage": "gigpo", "gamma": 0.95, "env_kwargs": '{"regime": "sparse_parts"}'},
+    {"advantage": "gigpo", "gamma": 0.95, "env_kwargs": '{"regime": "hopeless"}'},
     {"kl_coefficient": 0.1, "dual_clip": 3.0, "num_epochs": 2, "num_minibatches": 1}])
 def test_every_arm_runs(flags, tmp_path):
     summary = main(Args(**QUICK, run_dir=str(tmp_path), **flags))

@@ -16,8 +16,8 @@ def block(page: str, name: str) -> str:
 @pytest.mark.parametrize("algo", list(report.CLAIMS))
 def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
     rows = report.read(ROOT / f"results/{algo}.csv")
-    for claim, (metric, _, arms) in report.CLAIMS[algo].items():
-        assert block(f"docs/{algo}.md", claim) == report.claim_table(rows, metric, arms)
+    for claim, (_, _, arms) in report.CLAIMS[algo].items():
+        assert block(f"docs/{algo}.md", claim) == report.claim_table(algo, claim)
         seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
         assert len(seeds[0]) >= 5 and all(s == seeds[0] for s in seeds), "paired seeds"
 
@@ -48,14 +48,17 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
     (folder / "summary.json").write_text('{"success_start": 0.2, "success_end": 0.6}')
     (folder / "args.json").write_text('{"versions": {"commit": "0123456789abcdef"}}')
     (folder / "metrics.csv").write_text(
-        "iteration,eval_success,eval_return,optimizer_steps,drawn_advantage,groups_without_signal\n"
-        "0,0.2,-1,,,\n1,,,2,0.5,0.25\n2,0.6,1,2,,0.75\n")
+        "iteration,eval_success,eval_return,optimizer_steps,drawn_advantage,groups_without_signal,"
+        "generated_tokens\n0,0.2,-1,,,,\n1,,,2,0.5,0.25,70\n2,0.6,1,2,,0.75,100\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setitem(report.EXTRA, "toy", report.EXTRA["ms_grpo"])
     report.collect(tmp_path / "runs", "toy")
     [row] = csv.DictReader(open(tmp_path / "results/toy.csv"))
     assert row == {"arm": "arm_a", "seed": "7", "success_start": "0.2", "success_end": "0.6",
                    "success_area": "0.4", "return_area": "0", "optimizer_steps": "4",
-                   "drawn_advantage": "0.25", "groups_without_signal": "0.5",
+                   "drawn_advantage": "0.5", "groups_without_signal": "0.5",
                    "commit": "0123456789"}
     curves = list(csv.DictReader(open(tmp_path / "results/toy_curves.csv")))
     assert [(c["iteration"], c["success"]) for c in curves] == [("0", "0.2"), ("2", "0.6")]
+    assert report.at_tokens(curves, "arm_a", "success", 75) == pytest.approx([0.5])
+    assert report.at_tokens(curves, "arm_a", "success", 500) == pytest.approx([0.6])

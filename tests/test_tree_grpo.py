@@ -427,7 +427,7 @@ def test_nodes_number_the_turns(grown):
 
 def test_search_forks_exactly():
     """A fork of the real environment goes on like the original."""
-    env = Recorder(SearchQA("middle"), True)
+    env = Recorder(SearchQA("sparse"), True)
     [episode] = start_episodes([env], [7])
     rng = np.random.default_rng(0)
     while not episode.done:
