@@ -32,7 +32,7 @@ Deviations and choices
     D3  tau comes from the tokens of the whole minibatch, a shared token counted once, and ties are
         kept: copies of one token never disagree. (Official code: per micro-batch, ties by index.)
     D4  A branch recomputes its prefix in one forward pass instead of copying the cache.
-    D5  --chains plays M (1 + L N / 2) independent chains instead: about the same tokens.
+    D5  --chains plays independent chains instead, about M (1 + L N / 2): the same tokens.
     D6  No KL and no entropy bonus by default [M]; dual clip off (official code: 3).
 
     python algos/tree_grpo.py        about 3 minutes on 2 CPU cores
@@ -66,6 +66,7 @@ from utils import (
 @dataclasses.dataclass
 class Args(RunArgs):
     env_id: str = "turnrl/SearchQA-v0"  # gymnasium id; module:Id-v0 imports the module first
+    num_iterations: int = 200  # iterations of: collect episodes, update
     learning_rate: float = 5e-4  # of AdamW, constant
     num_prompts: int = 24  # environment seeds (groups of trees) per iteration
     group_size: int = 2  # trees per prompt, M in Eq. 1
@@ -364,9 +365,9 @@ def main(args: Args) -> dict[str, float]:
     if args.keep_top_entropy > 1:
         stop(f"--keep-top-entropy {args.keep_top_entropy}: a share of the tokens, at most 1")
     with Run(args, "tree_grpo") as run:
-        if args.chains:  # the budget of long chains, Eq. 1
-            chains = args.group_size * (1 + args.rounds * args.forks / 2)
-            args = dataclasses.replace(args, group_size=round(chains), forks=0)
+        if args.chains:  # as many as the trees are expected to cost, Eq. 1
+            _, turns = expected_budget(args.group_size, args.forks, args.rounds, args.max_turns)
+            args = dataclasses.replace(args, group_size=round(turns / args.max_turns), forks=0)
         if args.group_size * (1 + args.rounds * args.forks) < 2:
             stop("--group-size 1 --forks 0: an advantage relative to the group needs 2 episodes")
         num_trees = args.num_prompts * args.group_size  # over all processes

@@ -3,7 +3,6 @@
 import copy
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,8 +15,8 @@ from algos.tree_grpo import (
 )
 from envs.episodes import Episode, Turn, start_episodes
 from envs.search_qa import SearchQA
-from envs.text_env import TextEnv
 from utils import collate, make_envs, token_entropy, token_logprobs
+from words import Words
 
 
 def close(got, expected):
@@ -281,37 +280,9 @@ def test_every_boundary_is_a_fork_point_once():
 def grown(tiny_policy):
     """Trees of an untrained policy; 3 prompts x 2 trees x (1 + 2 * 2) leaves."""
     args = Args(num_prompts=3, group_size=2, forks=2, rounds=2, max_turn_tokens=4,
-                env_kwargs='{"regime": "parts"}', env_id="tests/Words-v0")
+                env_id="tests/Words-v0")
     envs = [Recorder(env, True) for env in make_envs(args, 6)]
     return tiny_policy, args, envs, grow_trees(tiny_policy, envs, args, 0)
-
-
-class Words(TextEnv):
-    """Any text is an action; chance is in step(), from the environment's own generator."""
-
-    def __init__(self, regime="", max_turns=6, **kwargs):
-        super().__init__(**kwargs)
-        self.max_turns = max_turns
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.heard, self.ended = [], False
-        return f"start {seed}", {"answer": "x"}
-
-    def step(self, action):
-        self.check_running()
-        self.heard.append(action)
-        number = int(self.np_random.integers(1000))
-        self.ended = number % 5 == 0
-        truncated = len(self.heard) >= self.max_turns and not self.ended
-        text = "".join(c for c in f"{len(self.heard)} {number} {action}" if c.isalnum() or c == " ")
-        return text, float(number % 2), self.ended, truncated, {"heard": list(self.heard)}
-
-    def demonstrate(self, rng):
-        return "left"
-
-
-gym.register("tests/Words-v0", entry_point=Words)
 
 
 def test_a_tree_is_what_it_says(grown):
