@@ -53,7 +53,7 @@ run igpo sparse_gain --env-kwargs "$sparse" --reward-source information_gain
 run igpo sparse_prob --env-kwargs "$sparse" --belief prob
 # Tree-GRPO: the default run; claim A, trees or chains, all tokens; claim B, share of tokens kept.
 run tree_grpo default
-short=(--num-iterations 100)
+short=(--num-iterations 60)
 run tree_grpo tree_all "${short[@]}" --keep-top-entropy 1
 run tree_grpo tree_top50 "${short[@]}" --keep-top-entropy 0.5
 run tree_grpo tree_top20 "${short[@]}"

@@ -10,17 +10,22 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs import known_ids, make_env
+from envs.episodes import demonstrations
 from envs.frozen_lake import FrozenLake
+from envs.search_qa import REGIMES, SearchQA
 from envs.snake import Snake
 from envs.text_env import CHARSET, EVALUATION_SEEDS, parse_action
 from envs.toy_text import ToyText
 
-OURS = [FrozenLake, Snake, ToyText]
+OURS = [FrozenLake, Snake, SearchQA, ToyText]
 VARIANTS = [
     lambda: FrozenLake(), lambda: FrozenLake(size=6, max_turns=15, slippery=True),
     lambda: FrozenLake(author_text=True, tagged=True), lambda: FrozenLake(coordinates=True),
     lambda: Snake(), lambda: Snake(opponents=0), lambda: Snake(width=4, height=7, opponents=3),
     lambda: Snake(author_text=True, tagged=True),
+    lambda: SearchQA(format_penalty=1.0, extra_turns=1),
+    lambda: SearchQA("hopeless", num_relations=8, format_penalty=1.0, extra_turns=1, premature=0.0),
+    lambda: SearchQA("parts", format_penalty=1.0, extra_turns=1),
     *[lambda game=game: ToyText(game) for game in known_ids() if not game.startswith("turnrl/")]]
 
 
@@ -49,8 +54,8 @@ def test_long_noisy_play_stays_inside_the_spaces_and_ends(make):
         observations, rewards, end, info = play(env, seed, rng)
         assert all(observation in env.observation_space for observation in observations)
         assert all(type(reward) is float and np.isfinite(reward) for reward in rewards)
-        assert len(rewards) <= env.max_turns and list(end).count(True) == 1
-        assert type(info["success"]) is bool and set(info["legal_actions"])
+        assert len(rewards) <= getattr(env, "max_turns", 11) and list(end).count(True) == 1
+        assert type(info["success"]) is bool and info.get("legal_actions", ["any"])
         ends.add(tuple(end))
     if type(env) is not ToyText:
         assert ends == {(True, False), (False, True)}, "both ends must occur"
@@ -215,6 +220,97 @@ def test_the_scripted_walker_without_noise_always_arrives_by_a_shortest_path():
     for seed in range(100):
         _, rewards, _, info = play(env, seed, rng, noise=0.0)
         assert info["success"] and len(rewards) == 6
+
+
+# --- SearchQA ------------------------------------------------------------------------------------
+
+
+def search():
+    """Ada -friend-> Ben -boss-> Cleo is the chain, (Ada, boss) -> Dan a false trail; 2 hops, 5 turns."""
+    env = SearchQA("easy")
+    env.reset(seed=0)
+    env.start([["Ada", "Ben", "Cleo"]], [["friend", "boss"]],
+              {("Ada", "friend"): "Ben", ("Ben", "boss"): "Cleo", ("Ada", "boss"): "Dan"})
+    return env
+
+
+def test_search_rules_step_by_step():
+    env = search()
+    assert env.question == "question Ada friend boss"
+    for action, text, kind, known in [
+            ("search Ada boss", "result Dan", "wrong", 0), ("search Eva doctor", "result none", "wrong", 0), ("search Ada friend", "result Ben", "hop", 1),
+            ("search Ben boss", "result Cleo", "hop", 2)]:
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert (observation, reward, info["kind"], info["known"]) == (text, 0.0, kind, known)
+        assert not (terminated or truncated or info["success"])
+    _, reward, terminated, truncated, info = env.step(" answer Cleo\n")
+    assert (reward, terminated, truncated, info["success"]) == (1.0, True, False, True)
+    assert info["answer"] == "Cleo" and info["kind"] == "answer"
+
+
+@pytest.mark.parametrize("actions,reward,ends,kinds", [
+    (["search Ada friend"] * 5, 0, (False, True), ["hop"] + ["repeat"] * 4),
+    (["search Ben boss", "search Ada friend", "search Ben boss", "answer Cleo"], 1, (True, False),
+     ["lucky", "hop", "hop", "answer"]),
+    (["answer Dan"], 0, (True, False), ["answer"]), (["search Ada"], 0, (True, False), ["malformed"]),
+    (["Answer Cleo"], 0, (True, False), ["malformed"]), (["answer Cleo Cleo"], 0, (True, False), ["malformed"]),
+    (["search Ada coach"], 0, (True, False), ["malformed"]), (["answer Fay"], 0, (True, False), ["malformed"])])
+def test_search_ends_and_kinds(actions, reward, ends, kinds):
+    env, seen = search(), []
+    for action in actions:
+        _, got, terminated, truncated, info = env.step(action)
+        seen.append(info["kind"])
+    assert (seen, got, (terminated, truncated)) == (kinds, reward, ends)
+    assert info["success"] == (reward == 1) and info["invalid_action"] == (kinds[-1] == "malformed")
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_one_fact_tells_each_answer_and_the_chain_leads_to_it(regime):
+    env = SearchQA(regime)
+    for seed in range(100):
+        question, _ = env.reset(seed=seed)
+        people = [name for path in env.paths for name in path]
+        assert len(set(people)) == len(people) and env.min_hops <= len(env.routes[0]) <= env.max_hops
+        values = list(env.facts.values())
+        assert all(values.count(name) == 1 for path in env.paths for name in path[1:])
+        assert all(path[0] not in values for path in env.paths)
+        assert question == env.question and question.count(" and ") == len(env.paths) - 1
+        observations, rewards, end, info = play(env, seed, np.random.default_rng(seed), noise=0.0)
+        assert rewards == [0.0] * (len(people) - len(env.paths)) + [1.0] and info["success"]
+        assert all(env.names.index(value) >= 0 and key[0] != value for key, value in env.facts.items())
+
+
+def test_false_trails_are_as_frequent_as_stated():
+    env, count = SearchQA("sparse"), 0
+    for seed in range(200):
+        env.reset(seed=seed)
+        count += len(env.facts) - 3
+    assert count / (200 * (24 * 4 - 3)) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("regime,success,turns", [
+    ("middle", 0.403, 2.75), ("sparse", 0.241, 2.74), ("hopeless", 0.149, 2.93)])
+def test_the_scripted_searcher_is_as_noisy_as_stated(regime, success, turns):
+    """Against an implementation of our own made before this one (20,000 seeds)."""
+    episodes = demonstrations(SearchQA(regime), range(4000), 20, np.random.default_rng(0))
+    assert np.mean([e.success for e in episodes]) == pytest.approx(success, abs=0.03)
+    assert np.mean([len(e.turns) for e in episodes]) == pytest.approx(turns, abs=0.1)
+
+
+def test_guessing_is_right_once_in_24():
+    env, rng, right = SearchQA(), np.random.default_rng(0), 0
+    for seed in range(4000):
+        env.reset(seed=seed)
+        right += env.step(f"answer {env.names[rng.integers(24)]}")[1]
+    assert right / 4000 == pytest.approx(1 / 24, abs=0.01)
+
+
+def test_search_settings_that_cannot_be_are_named():
+    for settings, needle in [({"regime": "harder"}, "sparse"), ({"min_hops": 5, "max_hops": 3}, "hops"),
+                             ({"num_entities": 40}, "at most 32"), ({"parts": 12}, "do not fit"),
+                             ({"num_relations": 9}, "1 to 8")]:
+        with pytest.raises(ValueError, match=needle):
+            SearchQA(**settings)
 
 
 # --- Snake ---------------------------------------------------------------------------------------
