@@ -436,6 +436,8 @@ def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration
                        [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
                        max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
                        temperature=args.temperature, history_turns=history_turns)
+    if not any(e.turns for e in episodes):
+        stop(f"no first prompt leaves room in the model's context of {policy.context_length} tokens")
     refresh_logprobs(policy, episodes, args)
     return episodes
 

@@ -309,6 +309,13 @@ def test_a_wrong_word_on_the_command_line_exits_with_2():
     assert run.returncode == 2 and "--sampling" in run.stderr
 
 
+def test_a_context_without_room_for_a_prompt_gets_one_line(tmp_path, capsys, chat_folder):
+    config = Path(chat_folder) / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 2048',
+                                                 '"max_position_embeddings": 8'))
+    fails(capsys, "context of 8 tokens", args=quick(tmp_path, model=chat_folder))
+
+
 def test_a_broken_model_folder_gets_one_line(tmp_path, chat_folder, capsys):
     args = quick(tmp_path, model=chat_folder)
     (Path(chat_folder) / "model.safetensors").write_bytes(b"cut short")
