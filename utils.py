@@ -437,7 +437,8 @@ def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration
                        max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
                        temperature=args.temperature, history_turns=history_turns)
     if not any(e.turns for e in episodes):
-        stop(f"no first prompt leaves room in the model's context of {policy.context_length} tokens")
+        stop(f"no prompt leaves room to answer in the model's context of {policy.context_length} "
+             "tokens")
     refresh_logprobs(policy, episodes, args)
     return episodes
 
@@ -483,7 +484,7 @@ def collate(episodes: list[Episode], device: torch.device) -> dict[str, Tensor]:
 def turn_table(episodes: list[Episode], value: Callable[[Turn], float],
                device: torch.device) -> tuple[Tensor, Tensor]:
     """A number per turn as (E, K), 0 after the end, and the mask (E, K) of the turns played."""
-    width = max((len(e.turns) for e in episodes), default=0)
+    width = max((len(e.turns) for e in episodes), default=1)
     rows = [[float(value(t)) for t in e.turns] + [0.0] * (width - len(e.turns)) for e in episodes]
     played = torch.tensor([len(e.turns) for e in episodes], device=device)
     mask = torch.arange(width, device=device) < played[:, None]

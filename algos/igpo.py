@@ -4,7 +4,7 @@ Paper: "Information Gain-based Policy Optimization: A Simple and Effective Appro
 Search Agents", arXiv 2510.14967v2. Before every turn the policy is asked, by teacher forcing, how
 likely it thinks the known right answer is. Equations are numbered here; the source follows.
 
-    Eq. 1  l = mean_j log pi(a_j | context, "answer", a_<j)     mean over the answer's tokens  [1]
+    Eq. 1  l = mean_j log pi(a_j | context, "answer", a_<j)     mean over the answer's tokens  [3]
     Eq. 2  b_k = l, or exp(l)               belief before turn k, k = 0 .. K - 1      [3; v1, code]
     Eq. 3  g_k = b_{k+1} - b_k              information gain; the last turn has none            [4]
     Eq. 4  separate: z-score the gains of a group, and its outcomes apart from them             [5]
@@ -25,13 +25,13 @@ Changed from ms_grpo.py
 Deviations and choices
     D1  Outcome: the environment's summed rewards (paper: word F1, malformed output negative).
     D2  The answer stands in the form the environment names as its `answer_template`, "answer Ada".
-    D3  Equal values of a group get exactly 0; otherwise z divides by std + 1e-6 (official code:
-        by sqrt(var + 1e-8) + 1e-6).
+    D3  Values of a group equal within 1e-6 get exactly 0; otherwise z divides by std + 1e-6
+        (official code: by sqrt(var + 1e-8) + 1e-6, which damps tiny gains instead).
     D4  --probe packed asks for all beliefs of an episode in one row; separate: a row per belief.
-    D5  --advantage gigpo is a baseline (arXiv 2505.10978): steps are compared with the other steps
-        of the group that had the same observation. --reward-source outcome is GRPO.
+    D5  Baselines: --reward-source outcome is GRPO; --advantage gigpo (arXiv 2505.10978v3, use its
+        --gamma 0.95) compares steps with the other steps of the group that saw the same.
     D6  No KL (paper: 0.001); entropy coefficient 0.001 and dual clip from the official code, the
-        latter off.
+        latter off. Two optimizer steps per batch (paper: one); one without any signal is skipped.
 
     python algos/igpo.py        about 2 minutes on 2 CPU cores
 """
@@ -71,7 +71,7 @@ class Args(RunArgs):
     normalization: Literal["separate", "joint"] = "separate"  # of gains and outcomes, Eq. 4
     degrees_of_freedom: int = 0  # of the std in Eq. 4: 0 population, 1 unbiased
     gamma: float = 1.0  # discount of later turns in Eq. 6
-    curriculum: bool = False  # official code: outcomes weigh 0.5 to 1 over the run, gains 1 to 0.5
+    curriculum: bool = False  # official code: gains weigh 1 to 0.5 over the run, outcomes 0.5 to 1
     probe: Literal["packed", "separate"] = "packed"  # all beliefs of an episode in one row, or not
     advantage: Literal["igpo", "gigpo"] = "igpo"  # Eq. 6, or the GiGPO baseline
     aggregation: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"  # Eq. 7
@@ -126,6 +126,11 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, scale: str = "gr
     return advantages
 
 
+def curriculum_weights(done: float) -> tuple[float, float]:
+    """Weights of gains and of outcomes before Eq. 4, by the share of the run done. Official code"""
+    return 1 - done / 2, 0.5 + done / 2
+
+
 @torch.no_grad()
 def normalize_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_id: Tensor,
                       normalization: str = "separate", degrees_of_freedom: int = 0,
@@ -163,7 +168,7 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, gamma: float) -> Tenso
 def gigpo_advantages(turn_rewards: Tensor, turn_mask: Tensor, group_id: Tensor,
                      anchors: list[list[str]], gamma: float = 0.95, weight: float = 1.0,
                      scale: str = "group_std", cross_step: bool = False) -> Tensor:
-    """Episode advantage plus that of the step among steps with the same observation. GiGPO, 1-8
+    """Episode advantage plus that of the step among steps with the same observation. GiGPO
 
     turn_rewards (E, K), turn_mask (E, K), group_id (E,), anchors: the observation before every turn
     -> (E, K). cross_step weighs episodes by their length in the episode mean, as its code does.
@@ -301,10 +306,11 @@ def answer_logprobs(policy: Policy, contexts: list[list[int]], boundaries: list[
             befores.append(answers[-1] - 1)
             befores[-1][:, 0] = torch.tensor(boundaries[e]) - 1
         columns = torch.cat([x.flatten() for x in befores]).unique()  # logits only where needed
-        tokens, attention, positions, columns = (
-            x.to(policy.device) for x in (tokens, attention, positions, columns))
-        logits = policy.forward(tokens, attention_mask=attention[:, None], position_ids=positions,
-                                logits_to_keep=columns, use_cache=False)
+        tokens, columns = tokens.to(policy.device), columns.to(policy.device)
+        masks = {} if args.probe == "separate" else {  # one boundary a row: plain causal attention
+            "attention_mask": attention[:, None].to(policy.device),
+            "position_ids": positions.to(policy.device)}
+        logits = policy.forward(tokens, logits_to_keep=columns, use_cache=False, **masks)
         logprobs = (logits / args.temperature).log_softmax(-1)
         for row, (answer, before) in enumerate(zip(answers, befores, strict=True)):
             column = torch.searchsorted(columns, before.to(columns))
@@ -316,7 +322,7 @@ def probe_beliefs(policy: Policy, episodes: list[Episode], template: str, args: 
     """The belief in the right answer before every turn played, episode by episode. Eq. 1, 2"""
     contexts, boundaries, wrapped, golds = [], [], [], []
     for episode in episodes:
-        ids, gold = wrap_answer(policy, template, str(episode.info["answer"]))
+        ids, gold = wrap_answer(policy, template, str(episode.start_info["answer"]))
         context, ends = [], []  # boundary k: the length of the context before turn k
         for turn in episode.turns:
             context = context + turn.prompt_ids
@@ -366,6 +372,11 @@ def main(args: Args) -> dict[str, float]:
                  "environment has none in info['answer']")
         template = getattr(envs[0].unwrapped, "answer_template", "{answer}")
         policy = load_policy(args)
+        config = policy.model.config
+        windows = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+        if args.probe == "packed" and (config._attn_implementation != "sdpa" or windows):
+            stop(f"--model {args.model}: its attention cannot take the mask of --probe packed, "
+                 "say --probe separate")
         reference = copy.deepcopy(policy) if args.kl_coefficient else None
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         run.restore(policy, optimizer=optimizer)
@@ -392,8 +403,9 @@ def main(args: Args) -> dict[str, float]:
                 anchors = [[turn.observation for turn in e.turns] for e in episodes]
                 advantages = gigpo_advantages(rewards, turn_mask, group_id, anchors, args.gamma)
             else:
-                done = iteration / args.num_iterations
-                weights = (1 - done / 2, 0.5 + done / 2) if args.curriculum else (1.0, 1.0)
+                weights = (1.0, 1.0)  # of gains and outcomes
+                if args.curriculum:
+                    weights = curriculum_weights(iteration / args.num_iterations)
                 turn_rewards = normalize_rewards(
                     weights[0] * gains, weights[1] * outcomes, turn_mask, group_id,
                     args.normalization, args.degrees_of_freedom, args.reward_source)
@@ -412,19 +424,23 @@ def main(args: Args) -> dict[str, float]:
                 updates.append(update(policy, reference, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            seconds = time.perf_counter() - start
-            last = turn_mask.sum(1, keepdim=True).clamp(min=1) - 1
+            probe_share = probe_seconds / (time.perf_counter() - start)
+            ends = turn_mask.sum(1, keepdim=True).clamp(min=1) - 1  # (E, 1) the last turn
             table = all_gather(torch.stack([
-                beliefs[:, 0], beliefs.gather(1, last)[:, 0], gains.amin(1), gains.amax(1),
-                outcomes, advantages.abs().amax(1)], dim=1))  # (E, 6) of all processes
-            spread = table.view(-1, args.group_size, 6)  # (groups, G, 6)
-            silent = spread[:, :, 4].amax(1) - spread[:, :, 4].amin(1) <= 1e-6
+                beliefs[:, 0], beliefs.gather(1, ends)[:, 0], outcomes,
+                advantages.abs().amax(1)], dim=1))  # (E, 4) of all processes
+            groups = table.view(-1, args.group_size, 4)  # (groups, G, 4)
+            equal = groups[:, :, 2].amax(1) - groups[:, :, 2].amin(1) <= 1e-6
+            silent = groups[:, :, 3].amax(1) == 0
+            every_gain = all_gather(gains[:, :-1][turn_mask[:, 1:]])
             metrics = {
-                "groups_without_signal": (spread[:, :, 5].amax(1) == 0).double().mean().item(),
-                "groups_of_equal_outcome": silent.double().mean().item(),
+                "groups_without_signal": silent.double().mean().item(),
+                "groups_of_equal_outcome": equal.double().mean().item(),
                 "belief_start": table[:, 0].mean().item(), "belief_end": table[:, 1].mean().item(),
-                "gain_min": table[:, 2].min().item(), "gain_max": table[:, 3].max().item(),
-                "probe_share": probe_seconds / seconds, "optimizer_steps": len(updates)}
+                "gain_mean": every_gain.sum().item() / max(len(every_gain), 1),
+                "gain_min": min(every_gain.tolist(), default=0.0),
+                "gain_max": max(every_gain.tolist(), default=0.0),
+                "probe_share": probe_share, "optimizer_steps": len(updates)}
             if updates:
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
             run.log(iteration, episodes, metrics)

@@ -7,7 +7,7 @@ Papers: "Tree Search for LLM Agent Reinforcement Learning", arXiv 2509.21240v3 [
 Every prompt starts M chains, the trees. In each of L rounds, N turns of every tree are drawn and
 played on again from there: a branch shares the turns before it and costs only the new ones.
 
-    Eq. 1  leaves G = M (L N + 1); a fork of a chain of D turns samples (D + 1) / 2 new ones    [T]
+    Eq. 1  leaves G = M (L N + 1); a fork of a chain of D turns samples (D + 1) / 2 on average  [T]
     Eq. 2  z_i = (R_i - mean R) / (std R + 1e-6)                                          [T code]
     Eq. 3  A_i = z_i over the leaves of its tree + z_i over all leaves of its prompt      [T 6, 7]
     Eq. 4  H_t = - sum_v p_v log p_v     entropy of the current policy at token t, nats       [M 1]
@@ -31,9 +31,12 @@ Deviations and choices
         (official code), or with --prefix-credit mean their mean.
     D3  tau comes from the tokens of the whole minibatch, a shared token counted once, and ties are
         kept: copies of one token never disagree. (Official code: per micro-batch, ties by index.)
-    D4  A branch recomputes its prefix in one forward pass instead of copying the cache.
-    D5  --chains plays independent chains instead, about M (1 + L N / 2): the same tokens.
-    D6  No KL and no entropy bonus by default [M]; dual clip off (official code: 3).
+    D4  A branch recomputes its prefix in one forward pass instead of copying the cache. A copied
+        environment brings its generator along: siblings meet the same chance.
+    D5  --chains plays independent chains instead, M (1 + L N / 2): about the same tokens.
+    D6  No KL and no entropy bonus, as [M] ([T]: 0.001 each); mean over tokens as the official code
+        (paper [T]: over rows); clip 0.2 on both sides ([M]: 0.28 above); dual clip off (code: 3).
+    D7  200 iterations: with rho = 0.2 the tiny model learns late.
 
     python algos/tree_grpo.py        about 3 minutes on 2 CPU cores
 """
@@ -41,6 +44,7 @@ Deviations and choices
 # === 1. Imports ==================================================================================
 import copy
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -131,16 +135,28 @@ def tree_advantages(scores: Tensor, tree_id: Tensor, group_id: Tensor, advantage
 
 
 @torch.no_grad()
-def owned_tokens(node_id: Tensor) -> Tensor:
-    """Which tokens are not copies: those of the first row that holds their node.
+def owner_rows(node_id: Tensor) -> Tensor:
+    """The first row that holds the node of a token; its own row where nothing was sampled.
 
-    node_id (B, T), -1 on tokens that were not sampled -> (B, T) bool
+    node_id (B, T), -1 on tokens that were not sampled -> (B, T). Copies stand in equal columns.
     """
-    mask, rows = node_id >= 0, torch.arange(len(node_id), device=node_id.device)
-    row = rows[:, None].expand_as(node_id)
-    first = torch.full((int(node_id.max()) + 1 if mask.any() else 0,), len(node_id)).to(rows)
-    first.scatter_reduce_(0, node_id[mask], row[mask], "amin")
-    return mask & (first[node_id.clamp(min=0)] == row) if mask.any() else mask
+    mask = node_id >= 0
+    rows = torch.arange(len(node_id), device=node_id.device)[:, None].expand_as(node_id)
+    if not mask.any():
+        return rows
+    first = rows.new_full((int(node_id.max()) + 1,), len(node_id))
+    first.scatter_reduce_(0, node_id[mask], rows[mask], "amin")
+    return torch.where(mask, first[node_id.clamp(min=0)], rows)
+
+
+@torch.no_grad()
+def owned_tokens(node_id: Tensor) -> Tensor:
+    """Which sampled tokens are not copies: those in the first row that holds their node.
+
+    node_id (B, T) -> (B, T) bool
+    """
+    rows = torch.arange(len(node_id), device=node_id.device)
+    return (node_id >= 0) & (owner_rows(node_id) == rows[:, None])
 
 
 @torch.no_grad()
@@ -235,14 +251,11 @@ def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, cli
 
 
 # === 5. Trees ====================================================================================
-def expected_budget(trees: int, forks: int, rounds: int, turns: int) -> tuple[int, float]:
-    """Leaves of a prompt and the turns sampled for them, if chains have `turns` turns. Eq. 1
-
-    Exact for one round; the budget in chains is M (1 + L N (turns + 1) / (2 turns)), in the limit
-    of long chains M (1 + L N / 2).
-    """
+def expected_budget(trees: int, forks: int, rounds: int,
+                    turns: float = math.inf) -> tuple[int, float]:
+    """Leaves of a prompt, and the chains of so many turns that cost as much (one round). Eq. 1"""
     branches = trees * forks * rounds
-    return trees + branches, trees * turns + branches * (turns + 1) / 2
+    return trees + branches, trees + branches * (1 + 1 / turns) / 2
 
 
 class Recorder(gym.Wrapper):
@@ -272,11 +285,15 @@ def fork_episode(env: Recorder, episode: Episode, k: int, args: Args) -> tuple[R
         return Recorder(copy.deepcopy(env.snapshots[k]), env.copies, env.snapshots[:k]), branch
     again = Recorder(make_envs(args, 1)[0], copies=False)
     observation, _ = again.reset(seed=episode.seed)
+    ended = False
     for turn in turns:
-        observation, *_ = again.step(turn.action)
-    if observation != branch.observation:
+        if ended or observation != turn.observation:
+            break
+        observation, _, terminated, truncated, _ = again.step(turn.action)
+        ended = terminated or truncated
+    if ended or observation != branch.observation:
         stop(f"--env-id {args.env_id}: an episode can be neither copied nor repeated: seed "
-             f"{episode.seed}, turn {k} came out differently")
+             f"{episode.seed} came out differently before turn {k}")
     return again, branch
 
 
@@ -305,7 +322,9 @@ def grow_trees(policy: Policy, envs: list[Recorder], args: Args,
             draw = random_stream(args.seed, DRAW, iteration, number, level)
             for i in range(args.forks if points else 0):
                 leaf, k = points[draw.integers(len(points))]  # with replacement
-                branches.append((tree, *fork_episode(*tree[leaf], k, args)))
+                env, branch = fork_episode(*tree[leaf], k, args)
+                env.copies = env.copies and level < args.rounds  # it may be forked once more
+                branches.append((tree, env, branch))
                 rngs.append(random_stream(args.seed, SAMPLE, iteration, number, level, i))
         rollout(policy, [env for _, env, _ in branches], [e for _, _, e in branches], rngs,
                 max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
@@ -330,18 +349,20 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
     """One optimizer step on one minibatch."""
     mask, owned = batch["turn_id"] >= 0, owned_tokens(batch["node_id"])  # (B, T)
     _, entropies = batch_logprobs(policy, batch, args)  # of the current policy, no gradient
+    entropies = entropies.gather(0, owner_rows(batch["node_id"]))  # equal in all copies of a token
     threshold = entropy_threshold(all_gather(entropies[owned]), args.keep_top_entropy,
                                   args.entropy_rule)
     keep = mask & ((entropies >= threshold - 1e-6) ^ args.invert_entropy_mask)
     weights, count = loss_weights(batch["turn_id"], args.aggregation)
-    kept = weights * keep
-    if args.prefix_credit == "mean":
-        kept = kept * prefix_weights(batch["node_id"])
-    all_tokens = args.mask_denominator == "all" or args.aggregation != "token_mean"
     batch["weights"] = weights / all_reduce_sum(count).clamp(min=1)
-    batch["kept_weights"] = kept / all_reduce_sum(count if all_tokens else kept.sum()).clamp(min=1)
-    parts = [mask, keep, entropies * keep, mask & ~keep, entropies * (mask & ~keep)]
-    tokens, *split = all_reduce_sum(torch.stack([part.sum().double() for part in parts])).tolist()
+    if args.prefix_credit == "mean":
+        weights = weights * prefix_weights(batch["node_id"])
+    if args.aggregation == "token_mean":
+        count = (weights * keep if args.mask_denominator == "kept" else weights).sum()
+    batch["kept_weights"] = weights * keep / all_reduce_sum(count).clamp(min=1)
+    drop = mask & ~keep
+    kept, kept_entropy, dropped, dropped_entropy = all_reduce_sum(torch.stack([
+        x.sum().double() for x in (keep, entropies * keep, drop, entropies * drop)])).tolist()
     sums = torch.zeros(5, device=policy.device)
     for rows in micro_batches(batch, args.micro_batch_tokens):
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
@@ -354,9 +375,9 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
         sums += torch.stack(list(stats.values()))
     names = ("loss", "entropy", "clip_fraction", "approx_kl", "kl_policy_ref_k3")
     metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
-    metrics |= {"entropy_threshold": threshold, "kept_share": split[0] / max(tokens, 1),
-                "entropy_kept": split[1] / max(split[0], 1),
-                "entropy_dropped": split[3] / max(split[2], 1)}
+    metrics |= {"entropy_threshold": threshold, "kept_share": kept / max(kept + dropped, 1),
+                "entropy_kept": kept_entropy / max(kept, 1),
+                "entropy_dropped": dropped_entropy / max(dropped, 1)}
     return metrics | {"grad_norm": optimizer_step(policy.model, optimizer, args.max_grad_norm)}
 
 
@@ -365,13 +386,13 @@ def main(args: Args) -> dict[str, float]:
     if args.keep_top_entropy > 1:
         stop(f"--keep-top-entropy {args.keep_top_entropy}: a share of the tokens, at most 1")
     with Run(args, "tree_grpo") as run:
-        if args.chains:  # as many as the trees are expected to cost, Eq. 1
-            _, turns = expected_budget(args.group_size, args.forks, args.rounds, args.max_turns)
-            args = dataclasses.replace(args, group_size=round(turns / args.max_turns), forks=0)
+        if args.chains:  # as many as the trees are expected to cost
+            _, chains = expected_budget(args.group_size, args.forks, args.rounds)
+            args = dataclasses.replace(args, group_size=round(chains), forks=0)
         if args.group_size * (1 + args.rounds * args.forks) < 2:
             stop("--group-size 1 --forks 0: an advantage relative to the group needs 2 episodes")
         num_trees = args.num_prompts * args.group_size  # over all processes
-        envs = [Recorder(env, args.fork == "deepcopy")
+        envs = [Recorder(env, copies=args.fork == "deepcopy" and args.forks > 0)
                 for env in make_envs(args, num_trees // world_size())]
         policy = load_policy(args)
         reference = copy.deepcopy(policy) if args.kl_coefficient else None
@@ -410,18 +431,19 @@ def main(args: Args) -> dict[str, float]:
                 updates.append(update(policy, reference, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            extremes = all_gather(torch.tensor([
-                [min(returns), max(returns)]
-                for returns in ([e.total_reward for e in tree] for tree in trees)]))
-            low, high = extremes.T.view(2, -1, args.group_size)  # (groups, M) of all processes
-            nodes = {id(turn): turn for e in episodes for turn in e.turns}.values()
-            leaves, in_rows, sampled = all_reduce_sum(torch.tensor([len(episodes), *(
-                sum(len(turn.token_ids) for turn in turns)
-                for turns in ((t for e in episodes for t in e.turns), nodes))])).tolist()
-            silent_groups, silent_trees = high.amax(1) - low.amin(1) <= 1e-6, high - low <= 1e-6
+            spread = all_gather(torch.tensor([
+                max(e.total_reward for e in tree) - min(e.total_reward for e in tree)
+                for tree in trees]))  # (trees,) of all processes
+            signal = torch.zeros(len(trees) // args.group_size, device=policy.device)
+            signal = all_gather(signal.scatter_reduce(0, group_id, advantages.abs(), "amax"))
+            turns = [turn for e in episodes for turn in e.turns]
+            nodes = {id(turn): turn for turn in turns}.values()
+            leaves, in_rows, sampled = all_reduce_sum(torch.tensor([
+                len(episodes), sum(len(turn.token_ids) for turn in turns),
+                sum(len(turn.token_ids) for turn in nodes)])).tolist()
             metrics = {
-                "groups_without_signal": silent_groups.double().mean().item(),
-                "trees_without_signal": silent_trees.double().mean().item(),
+                "groups_without_signal": (signal == 0).double().mean().item(),
+                "trees_without_signal": (spread <= 1e-6).double().mean().item(),
                 "leaves_per_1000_tokens": 1000 * leaves / max(sampled, 1),
                 "row_tokens_per_sampled": in_rows / max(sampled, 1),
                 "optimizer_steps": len(updates)}

@@ -27,6 +27,7 @@ class Episode:
     seed: int
     observation: str
     turns: list[Turn] = dataclasses.field(default_factory=list)
+    start_info: dict = dataclasses.field(default_factory=dict)  # of the reset
     info: dict = dataclasses.field(default_factory=dict)  # of the last reset or step
     terminated: bool = False
     truncated: bool = False
@@ -97,7 +98,8 @@ def start_episodes(envs: list[gym.Env], seeds: list[int]) -> list[Episode]:
                 raise TypeError(f"first observation {observation!r} is not a string")
         except Exception as error:
             raise EnvironmentFault(episodes[-1], env, error) from error
-        episodes[-1].observation, episodes[-1].info = observation, dict(info)
+        episodes[-1].observation = observation
+        episodes[-1].start_info = episodes[-1].info = dict(info)
     return episodes
 
 

@@ -2,21 +2,23 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from algos.igpo import (
-    Args, belief, gigpo_advantages, group_relative_advantages, information_gain, kl_policy_ref_k3,
+    Args, belief, curriculum_weights, gigpo_advantages, group_relative_advantages, information_gain, kl_policy_ref_k3,
     loss_weights, main, normalize_rewards, packed_probe, policy_loss, probe_beliefs, turn_returns,
-    wrap_answer,
+    update, wrap_answer,
 )
 from algos.ms_grpo import group_relative_advantages as grpo
 from envs.episodes import demonstrations
+import words  # noqa: F401 (registers tests/Words-v0)
 from utils import (
-    collate, collect_groups, expand_to_tokens, make_envs, make_tiny, Policy, rollout, random_stream,
-    start_episodes, token_logprobs,
+    Policy, collate, collect_groups, expand_to_tokens, make_envs, make_tiny, random_stream, rollout,
+    start_episodes, token_logprobs, turn_table,
 )
 
 
@@ -195,7 +197,7 @@ def test_invariances():
 
 @pytest.mark.parametrize("done,outcome_weight,gain_weight", [(0.25, 0.625, 0.875)])
 def test_the_curriculum_does_nothing_unless_normalised_jointly(done, outcome_weight, gain_weight):
-    assert (0.5 + done / 2, 1 - done / 2) == (outcome_weight, gain_weight)
+    assert curriculum_weights(done) == (gain_weight, outcome_weight)
     weighted = [[gain_weight * g for g in row] for row in A_B], [outcome_weight * o for o in OUTCOMES]
     assert torch.allclose(advantages_of(*weighted), advantages_of(A_B, OUTCOMES), atol=1e-4)
     joint = advantages_of(*weighted, normalization="joint")
@@ -411,6 +413,107 @@ def demonstration_turn(policy, episode, action):
                 logprobs=[0.0] * len(ids))
 
 
+def test_an_episode_that_fills_the_context_has_a_belief_for_every_turn(tiny_policy):
+    args = Args(num_prompts=4, group_size=2, max_turn_tokens=4, env_id="tests/Words-v0")
+    tiny_policy.context_length = 30
+    episodes = collect_groups(tiny_policy, make_envs(args, 8), args, 0)
+    assert any(e.overflowed for e in episodes)
+    rewards, mask = turn_table(episodes, lambda turn: turn.reward, tiny_policy.device)
+    beliefs = torch.zeros_like(rewards)
+    beliefs[mask] = probe_beliefs(tiny_policy, episodes, "{answer}", args)
+    gains = information_gain(beliefs, mask)
+    group = torch.arange(8) // 2
+    got = turn_returns(normalize_rewards(gains, rewards.sum(1), mask, group), mask, 1.0)
+    assert got.isfinite().all() and (got[~mask] == 0).all() and got.any()
+
+
+def test_the_probe_needs_the_answer_of_the_reset_only(played):
+    policy, episodes, args = played
+    expected = probe_beliefs(policy, episodes, "answer {answer}", args)
+    for episode in episodes:
+        episode.info = {}
+        for turn in episode.turns:
+            turn.info = {}
+    assert torch.equal(probe_beliefs(policy, episodes, "answer {answer}", args), expected)
+
+
+def test_attention_that_cannot_take_the_mask_is_named(tmp_path, capsys, chat_folder):
+    config = Path(chat_folder) / "config.json"
+    record = json.loads(config.read_text()) | {"attn_implementation": "eager"}
+    config.write_text(json.dumps(record))
+    flags = QUICK | {"num_iterations": 1, "eval_episodes": 2, "max_turn_tokens": 3, "max_turns": 2}
+    with pytest.raises(SystemExit) as end:
+        main(Args(**flags, run_dir=str(tmp_path), model=chat_folder))
+    assert end.value.code == 2 and "--probe separate" in capsys.readouterr().err
+    assert main(Args(**flags, run_dir=str(tmp_path), model=chat_folder, probe="separate"))
+
+
+# --- the update ----------------------------------------------------------------------------------
+
+
+class KeepGradient:
+    def __init__(self, policy):
+        self.policy = policy
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.policy.model.parameters()])
+
+    def zero_grad(self):
+        self.policy.model.zero_grad()
+
+
+def run_update(policy, batch, **options):
+    keeper = KeepGradient(policy)
+    return update(policy, None, keeper, dict(batch), Args(max_grad_norm=1e9, **options)), keeper.gradient
+
+
+@pytest.fixture
+def batch(tiny_policy):
+    args = Args(num_prompts=4, group_size=2, max_turn_tokens=4, env_id="tests/Words-v0")
+    episodes = collect_groups(tiny_policy, make_envs(args, 8), args, 0)
+    batch = collate(episodes, tiny_policy.device)
+    torch.manual_seed(0)
+    batch["advantages"] = expand_to_tokens(torch.randn(8, 6), batch["turn_id"], batch["episode_id"])
+    return batch
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "sequence_sum", "token_mean"])
+def test_layout_does_not_matter_and_the_gradient_is_that_of_a_loop(tiny_policy, batch, aggregation):
+    """Micro-batches, padding, the order of rows, what stands on tokens that were not sampled."""
+    base = run_update(tiny_policy, batch, aggregation=aggregation)
+
+    def same(other):
+        assert base[0] == pytest.approx(other[0], rel=1e-4, abs=1e-6)
+        assert torch.allclose(base[1], other[1], rtol=1e-3, atol=1e-6)
+    same(run_update(tiny_policy, batch, aggregation=aggregation, micro_batch_tokens=1))
+    fill = {"turn_id": -1, "tokens": 7, "old_logprobs": -3.0, "advantages": 5.0}
+    padded = {k: torch.nn.functional.pad(x, (0, 6), value=fill[k]) if x.dim() > 1 else x
+              for k, x in batch.items()} | {"lengths": batch["lengths"] + 6}
+    same(run_update(tiny_policy, padded, aggregation=aggregation))
+    order = torch.randperm(8)
+    same(run_update(tiny_policy, {k: x[order] for k, x in batch.items()}, aggregation=aggregation))
+    outside = batch["turn_id"] < 0
+    changed = {name: torch.where(outside, 123.0, batch[name]) for name in ("old_logprobs", "advantages")}
+    same(run_update(tiny_policy, batch | changed, aggregation=aggregation))
+    objective, tokens = 0.0, (batch["turn_id"] >= 0).sum()
+    logprobs, entropy = token_logprobs(tiny_policy, batch, 1.0)
+    for row in range(8):  # ratio 1: the plain policy gradient
+        mine = (batch["turn_id"][row] >= 0).nonzero()[:, 0]
+        terms = sum(batch["advantages"][row, t] * logprobs[row, t] + 0.001 * entropy[row, t] for t in mine)
+        objective = objective + terms / {"sequence_mean": 8 * len(mine), "sequence_sum": 8,
+                                         "token_mean": tokens}[aggregation]
+    tiny_policy.model.zero_grad()
+    (-objective).backward()
+    expected = torch.cat([p.grad.flatten() for p in tiny_policy.model.parameters()])
+    assert torch.allclose(base[1], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_rank_without_rows_still_takes_the_step(tiny_policy):
+    empty = collate([], torch.device("cpu")) | {"advantages": torch.zeros(0, 1)}
+    metrics, gradient = run_update(tiny_policy, empty)
+    assert gradient.norm() == 0.0 and metrics["grad_norm"] == 0.0
+
+
 # --- whole runs ----------------------------------------------------------------------------------
 QUICK = {"num_prompts": 2, "group_size": 4, "warm_start_steps": 20, "num_iterations": 2,
          "eval_episodes": 8, "eval_every": 1, "print_samples": 0}
@@ -434,7 +537,7 @@ def test_an_environment_without_an_answer_is_refused(tmp_path, capsys):
     assert end.value.code == 2 and len(lines) == 1 and "info['answer']" in lines[0]
 
 
-def test_beliefs_are_those_of_the_policy_that_sampled(played):
+def test_beliefs_follow_the_weights_and_carry_no_gradient(played):
     policy, episodes, args = played
     before = probe_beliefs(policy, episodes, "answer {answer}", args)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from algos.ms_grpo import group_relative_advantages as grpo
 from algos.tree_grpo import (
     Args, Recorder, clipped_objective, entropy_threshold, expected_budget, fork_episode,
-    fork_points, grow_trees, kl_policy_ref_k3, loss_weights, main, number_nodes, owned_tokens,
+    fork_points, grow_trees, kl_policy_ref_k3, loss_weights, main, number_nodes, owned_tokens, owner_rows,
     policy_loss, prefix_weights, tree_advantages, update,
 )
 from envs.episodes import Episode, Turn, start_episodes
@@ -98,16 +99,6 @@ def test_advantages_against_a_loop_and_their_invariances():
             assert intra[tree == t].sum().item() == pytest.approx(0, abs=1e-4)
 
 
-def test_step_wise_preference_has_the_weights_of_the_paper():
-    """Below a node that wins with probability .3: GRPO without std weighs .3 * .7, DPO .7."""
-    x = torch.tensor(math.log(0.3 / 0.7), requires_grad=True)
-    x.sigmoid().backward()
-    assert x.grad.item() == pytest.approx(0.21)
-    y = torch.tensor(math.log(0.3 / 0.7), requires_grad=True)
-    torch.nn.functional.logsigmoid(y).backward()
-    assert y.grad.item() == pytest.approx(0.7)
-
-
 # --- shared prefixes -----------------------------------------------------------------------------
 # row A [o n0 n0 o n1 n1], row B [o n0 n0 o n2 n2 n2]: the two tokens of n0 are one sample
 NODES = torch.tensor([[-1, 0, 0, -1, 1, 1, -1], [-1, 0, 0, -1, 2, 2, 2]])
@@ -120,6 +111,7 @@ def test_a_shared_token_is_owned_once():
     leaf = torch.tensor([[1.2], [-0.4]])  # net weight of a token of n0: .8 summed, .4 averaged
     assert leaf.expand(2, 7)[:, 1].sum().item() == pytest.approx(0.8)
     assert (leaf * prefix_weights(NODES))[:, 1].sum().item() == pytest.approx(0.4)
+    assert owner_rows(NODES).tolist() == [[0] * 7, [1, 0, 0, 1, 1, 1, 1]]
     nothing = torch.full((2, 3), -1)
     assert not owned_tokens(nothing).any() and not prefix_weights(nothing).any()
 
@@ -255,13 +247,13 @@ def test_the_loss_gradient_equals_finite_differences():
 
 def test_budget_by_hand():
     for turns, fork in ((1, 1), (2, 1.5), (3, 2), (4, 2.5), (5, 3)):
-        assert expected_budget(1, 1, 1, turns) == (2, turns + fork)
+        leaves, chains = expected_budget(1, 1, 1, turns)
+        assert leaves == 2 and chains * turns == pytest.approx(turns + fork)
     for setting, leaves, chains in [((1, 2, 1), 3, 2), ((2, 2, 1), 6, 4), ((4, 2, 1), 12, 8),
                                     ((2, 6, 1), 14, 8), ((8, 2, 1), 24, 16), ((6, 3, 1), 24, 15),
                                     ((4, 5, 1), 24, 14), ((1, 5, 1), 6, 3.5)]:
-        assert expected_budget(*setting, 10**9)[0] == leaves
-        assert expected_budget(*setting, 10**9)[1] / 10**9 == pytest.approx(chains)
-    assert expected_budget(4, 0, 1, 5) == expected_budget(4, 2, 0, 5) == (4, 20)
+        assert expected_budget(*setting) == (leaves, chains)
+    assert expected_budget(4, 0, 1, 5) == expected_budget(4, 2, 0, 5) == (4, 4)
 
 
 def episode_of(*turns):
@@ -351,12 +343,21 @@ def test_what_cannot_be_copied_is_replayed_and_what_cannot_be_replayed_is_named(
     envs = [Recorder(env, True) for env in make_envs(args, 4)]
     assert [len(tree) for tree in grow_trees(tiny_policy, envs, args, 0)] == [3] * 4
     assert all(snapshot is None for env in envs for snapshot in env.snapshots)
-    numbers = iter(range(1, 10**6, 2))  # never divisible by 2; chance that no seed repeats
-    monkeypatch.setattr(Words, "step", lambda self, action: (
-        f"{next(numbers)}", 0.0, len(self.heard) > 9, False, {}))
-    with pytest.raises(SystemExit) as end:
-        grow_trees(tiny_policy, envs, args, 0)
-    assert end.value.code == 2 and "neither copied nor repeated" in capsys.readouterr().err
+    numbers, original = iter(range(10**6)), Words.step
+
+    def forgetful(self, action):
+        observation, *rest = original(self, action)
+        return f"{next(numbers)}", *rest
+
+    def impatient(self, action):  # the same texts, but an end where there was none
+        calls = next(numbers)
+        return "word", 0.0, calls % 2 == 1, False, {}
+    for step in (forgetful, impatient):
+        monkeypatch.setattr(Words, "step", step)
+        with pytest.raises(SystemExit) as end:
+            for iteration in range(20):
+                grow_trees(tiny_policy, envs, args, iteration)
+        assert end.value.code == 2 and "neither copied nor repeated" in capsys.readouterr().err
 
 
 def test_forks_are_drawn_uniformly_over_the_boundaries(tiny_policy, monkeypatch):
@@ -368,7 +369,7 @@ def test_forks_are_drawn_uniformly_over_the_boundaries(tiny_policy, monkeypatch)
 
     def count(env, episode, k, args):
         counts[k] += 1
-        return env, episode
+        return types.SimpleNamespace(copies=True), episode
     monkeypatch.setattr("algos.tree_grpo.fork_episode", count)
     args = Args(num_prompts=50, group_size=2, forks=100)
     grow_trees(tiny_policy, [None] * 100, args, 0)
@@ -387,7 +388,8 @@ def test_every_branch_draws_its_own_numbers(tiny_policy, monkeypatch):
     monkeypatch.setattr("utils.rollout", play)
     monkeypatch.setattr("utils.start_episodes", lambda envs, seeds: [chain] * len(envs))
     monkeypatch.setattr("algos.tree_grpo.rollout", play)
-    monkeypatch.setattr("algos.tree_grpo.fork_episode", lambda env, episode, k, args: (env, episode))
+    monkeypatch.setattr("algos.tree_grpo.fork_episode", lambda env, episode, k, args: (
+        types.SimpleNamespace(copies=True), episode))
     args = Args(num_prompts=3, group_size=2, forks=3, rounds=2)
     for iteration in range(3):
         grow_trees(tiny_policy, [None] * 6, args, iteration)
@@ -401,6 +403,18 @@ def test_log_probs_of_forked_rows_equal_a_full_recompute(grown):
     with torch.no_grad():
         logprobs, _ = token_logprobs(policy, batch, 1.0)
     assert (logprobs - batch["old_logprobs"]).abs().max() < 1e-4
+
+
+def test_a_branch_whose_context_is_full_is_a_leaf_that_ends_there(tiny_policy):
+    args = Args(num_prompts=2, group_size=2, max_turn_tokens=4, env_id="tests/Words-v0")
+    envs = [Recorder(env, True) for env in make_envs(args, 4)]
+    tiny_policy.context_length = 30
+    trees = grow_trees(tiny_policy, envs, args, 0)
+    leaves = [leaf for tree in trees for leaf in tree]
+    assert len(leaves) == 12 and any(leaf.overflowed for leaf in leaves)
+    assert all(leaf.done and len(leaf.row()) <= 30 for leaf in leaves)
+    batch = collate(leaves, tiny_policy.device)
+    assert owned_tokens(number_nodes(leaves, batch)).any()
 
 
 def test_nodes_number_the_turns(grown):
@@ -470,6 +484,14 @@ def same(one, other, **tolerance):
     assert torch.allclose(one[1], other[1], **tolerance)
 
 
+def test_averaged_prefixes_divide_by_what_they_weigh(batch):
+    """All tokens kept, weights 1 / copies: kept and all are the same mean over distinct tokens."""
+    policy, batch = batch
+    both = [run_update(policy, batch, prefix_credit="mean", keep_top_entropy=1.0, mask_denominator=d)
+            for d in ("kept", "all")]
+    same(*both)
+
+
 @pytest.mark.parametrize("options", [
     {}, {"keep_top_entropy": 1.0}, {"prefix_credit": "mean", "entropy_rule": "top_k"},
     {"aggregation": "sequence_mean", "mask_denominator": "all"}])
@@ -512,6 +534,27 @@ def test_the_gradient_is_that_of_a_loop_over_kept_tokens(batch):
         assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6), credit
         assert metrics["entropy_kept"] > metrics["entropy_dropped"]
         policy.model.zero_grad()
+
+
+def test_copies_agree_even_where_micro_batches_round_differently(batch, monkeypatch):
+    policy, batch = batch
+    import algos.tree_grpo as script
+    original, torch_rng = script.batch_logprobs, torch.Generator().manual_seed(0)
+
+    def noisy(*args):
+        logprobs, entropies = original(*args)
+        return logprobs, entropies + 1e-3 * torch.rand(entropies.shape, generator=torch_rng)
+    seen = []
+
+    def watch(rows, *args):
+        seen.append((rows["kept_weights"] > 0, rows["node_id"]))
+        return policy_loss(rows, *args)
+    monkeypatch.setattr(script, "batch_logprobs", noisy)
+    monkeypatch.setattr(script, "policy_loss", watch)
+    run_update(policy, batch)
+    [(kept, nodes)] = seen
+    owner = owner_rows(nodes)
+    assert torch.equal(kept, kept.gather(0, owner)) and (owner != torch.arange(len(nodes))[:, None]).any()
 
 
 def test_keeping_all_is_no_mask_and_dividing_by_all_is_a_smaller_step(batch):
