@@ -193,6 +193,20 @@ def readme_table() -> str:
     return "\n".join(lines)
 
 
+def gains_table() -> str:
+    """results/gains.csv, made by tests/benchmarks/gains.py: mean gain by kind of turn."""
+    rows = read(ROOT / "results/gains.csv")
+    lines = ["| turn | regime | turns seen | mean gain, log-probability | mean gain, probability |",
+             "|---|---|---|---|---|"]
+    for row in rows:
+        if row["belief"] == "log_prob":
+            [prob] = [other for other in rows if other["belief"] == "prob" and all(
+                other[name] == row[name] for name in ("regime", "turn"))]
+            lines.append(f"| {row['turn']} | {row['regime']} | {row['turns']} | "
+                         f"{row['mean_gain']} ± {row['std']} | {prob['mean_gain']} ± {prob['std']} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
@@ -200,4 +214,5 @@ if __name__ == "__main__":
         for claim in claims:
             replace_block(ROOT / f"docs/{algo}.md", claim, claim_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
+    replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "README.md", "results", readme_table())

@@ -24,6 +24,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
 
 def test_the_results_of_the_readme_are_those_of_the_csv():
     assert block("README.md", "results") == report.readme_table()
+    assert block("docs/igpo.md", "gains") == report.gains_table()
 
 
 def test_the_line_counts_of_the_readme_are_right():
