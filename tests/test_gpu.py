@@ -1,12 +1,16 @@
 """What needs a CUDA device: `pytest -m gpu`. Without one these tests are skipped."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
-from algos import ms_grpo
-from conftest import CHATML, byte_tokenizer, random_model
-from utils import Policy, collate, random_stream, rollout, token_logprobs
+from algos import igpo
+from conftest import CHATML, ROOT, byte_tokenizer, random_model
+from utils import (
+    Policy, collate, collect_groups, make_envs, random_stream, rollout, token_logprobs,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -27,9 +31,22 @@ def test_rollout_logprobs_equal_a_recompute_on_the_gpu(started, bf16, tolerance)
 
 
 @pytest.mark.parametrize("model", ["tiny", "folder"])
-def test_ms_grpo_trains_on_the_gpu(tmp_path, chat_folder, model):
-    summary = ms_grpo.main(ms_grpo.Args(
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "algos").glob("*.py")))
+def test_every_script_trains_on_the_gpu(tmp_path, chat_folder, script, model):
+    module = importlib.import_module(f"algos.{script}")
+    summary = module.main(module.Args(
         device="cuda", model="tiny" if model == "tiny" else chat_folder, num_prompts=2,
         group_size=4, num_iterations=2, warm_start_steps=20, eval_episodes=8, max_turn_tokens=4,
         kl_coefficient=0.1, print_samples=0, run_dir=str(tmp_path)))
     assert summary["iterations"] == 2 and np.isfinite(summary["return_end"])
+
+
+@pytest.mark.parametrize("probe", ["packed", "separate"])
+def test_beliefs_on_the_gpu_equal_those_on_the_cpu(probe, tiny_policy):
+    args = igpo.Args(num_prompts=4, group_size=2, max_turn_tokens=4, probe=probe)
+    episodes = collect_groups(tiny_policy, make_envs(args, 8), args, 0)
+    expected = igpo.probe_beliefs(tiny_policy, episodes, "answer {answer}", args)
+    torch.set_float32_matmul_precision("highest")
+    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "cuda")
+    got = igpo.probe_beliefs(policy, episodes, "answer {answer}", args).cpu()
+    assert torch.allclose(got, expected, atol=1e-3)
