@@ -367,9 +367,9 @@ def main(args: Args) -> dict[str, float]:
     with Run(args, "igpo") as run:
         num_episodes = args.num_prompts * args.group_size  # E over all processes
         envs = make_envs(args, num_episodes // world_size())
-        if "answer" not in start_episodes(envs[:1], [0])[0].info:
+        if "answer" not in start_episodes(envs[:1], [0])[0].start_info:
             stop(f"--env-id {args.env_id}: IGPO needs to know the right answer, and the "
-                 "environment has none in info['answer']")
+                 "reset of the environment has none in info['answer']")
         template = getattr(envs[0].unwrapped, "answer_template", "{answer}")
         policy = load_policy(args)
         config = policy.model.config
@@ -392,7 +392,7 @@ def main(args: Args) -> dict[str, float]:
             # 2. score: what the episode earned, and how the belief in the answer went
             probe_start = time.perf_counter()
             rewards, turn_mask = turn_table(episodes, lambda turn: turn.reward, policy.device)
-            beliefs = torch.zeros_like(rewards)  # (E, K)
+            beliefs = torch.full_like(rewards, torch.nan)  # (E, K), nan where no turn was played
             beliefs[turn_mask] = probe_beliefs(policy, episodes, template, args)
             probe_seconds = time.perf_counter() - probe_start
 
@@ -436,7 +436,8 @@ def main(args: Args) -> dict[str, float]:
             metrics = {
                 "groups_without_signal": silent.double().mean().item(),
                 "groups_of_equal_outcome": equal.double().mean().item(),
-                "belief_start": table[:, 0].mean().item(), "belief_end": table[:, 1].mean().item(),
+                "belief_start": table[:, 0].nanmean().item(),
+                "belief_end": table[:, 1].nanmean().item(),
                 "gain_mean": every_gain.sum().item() / max(len(every_gain), 1),
                 "gain_min": min(every_gain.tolist(), default=0.0),
                 "gain_max": max(every_gain.tolist(), default=0.0),

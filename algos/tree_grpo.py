@@ -280,17 +280,16 @@ class Recorder(gym.Wrapper):
 def fork_episode(env: Recorder, episode: Episode, k: int, args: Args) -> tuple[Recorder, Episode]:
     """The situation before turn k of an episode, in an environment of its own."""
     turns = episode.turns[:k]
-    branch = Episode(episode.seed, episode.turns[k].observation, turns, turns[-1].info if k else {})
+    info = turns[-1].info if k else episode.start_info
+    branch = Episode(episode.seed, episode.turns[k].observation, turns, episode.start_info, info)
     if env.snapshots[k] is not None:
         return Recorder(copy.deepcopy(env.snapshots[k]), env.copies, env.snapshots[:k]), branch
-    again = Recorder(make_envs(args, 1)[0], copies=False)
+    again, ended = Recorder(make_envs(args, 1)[0], copies=False), False
     observation, _ = again.reset(seed=episode.seed)
-    ended = False
-    for turn in turns:
-        if ended or observation != turn.observation:
-            break
-        observation, _, terminated, truncated, _ = again.step(turn.action)
-        ended = terminated or truncated
+    for turn in turns:  # repeat the actions; everything must come out as before
+        if not (ended := ended or observation != turn.observation):
+            observation, _, terminated, truncated, _ = again.step(turn.action)
+            ended = terminated or truncated
     if ended or observation != branch.observation:
         stop(f"--env-id {args.env_id}: an episode can be neither copied nor repeated: seed "
              f"{episode.seed} came out differently before turn {k}")

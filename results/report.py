@@ -202,8 +202,9 @@ def gains_table() -> str:
         if row["belief"] == "log_prob":
             [prob] = [other for other in rows if other["belief"] == "prob" and all(
                 other[name] == row[name] for name in ("regime", "turn"))]
-            lines.append(f"| {row['turn']} | {row['regime']} | {row['turns']} | "
-                         f"{row['mean_gain']} ± {row['std']} | {prob['mean_gain']} ± {prob['std']} |")
+            cells = [row["turn"], row["regime"], row["turns"],
+                     *(f"{x['mean_gain']} ± {x['std']}" for x in (row, prob))]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -310,6 +310,7 @@ def test_a_branch_starts_where_its_prefix_ended_and_siblings_differ(tiny_policy)
     k = len(chain.turns) - 1
     branches = [fork_episode(envs[0], chain, k, args) for _ in range(2)]
     for env, branch in branches:
+        assert branch.info == (chain.turns[k - 1].info if k else chain.start_info)
         assert branch.turns == chain.turns[:k] and branch.observation == chain.turns[k].observation
         assert branch.turns is not chain.turns and not branch.done
         assert env.unwrapped.heard == [turn.action for turn in chain.turns[:k]]
