@@ -66,14 +66,14 @@ class Args(RunArgs):
     learning_rate: float = 5e-4  # of AdamW, constant
 
     # Algorithm specific arguments
-    reward_source: Literal["both", "outcome", "information_gain"] = "both"  # parts of r in Eq. 5
+    reward_source: Literal["both", "outcome", "information_gain"] = "both"  # r in Eq. 5 is made of
     belief: Literal["log_prob", "prob"] = "log_prob"  # b in Eq. 2: of paper v2, or of v1
     normalization: Literal["separate", "joint"] = "separate"  # of gains and outcomes, Eq. 4
     degrees_of_freedom: int = 0  # of the std in Eq. 4: 0 population, 1 unbiased
     gamma: float = 1.0  # discount of later turns in Eq. 6
     curriculum: bool = False  # official code: gains weigh 1 to 0.5 over the run, outcomes 0.5 to 1
     probe: Literal["packed", "separate"] = "packed"  # all beliefs of an episode in one row, or not
-    advantage: Literal["igpo", "gigpo"] = "igpo"  # Eq. 6, or the GiGPO baseline
+    advantage: Literal["igpo", "gigpo"] = "igpo"  # Eq. 6; gigpo: of the above uses --gamma only
     aggregation: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"  # Eq. 7
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 7
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 7
@@ -144,7 +144,8 @@ def normalize_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_
     last = turn_mask.clone()
     last[:, :-1] &= ~turn_mask[:, 1:]  # (E, K) the last turn of every episode
     raw = torch.where(last, outcomes[:, None], gains)
-    pool = group_id[:, None] * 2 + (last if normalization == "separate" else 0)  # (E, K)
+    # two pools a group, gains and outcomes, or a joint one: (E, K) or (E, 1)
+    pool = group_id[:, None] * 2 + (last if normalization == "separate" else 0)
     rewards = torch.zeros_like(gains)
     rewards[turn_mask] = group_relative_advantages(
         raw[turn_mask], pool.expand_as(raw)[turn_mask], degrees_of_freedom=degrees_of_freedom)
@@ -267,8 +268,12 @@ def packed_probe(context: list[int], boundaries: list[int],
                  wrapped: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """One row that holds an episode and, for every boundary, a copy of the wrapped answer.
 
-    -> ids (N,), attention (N, N) bool, positions (N,). Copy k starts at len(context) + k *
-    len(wrapped); it sees the context before boundary k and itself, and continues its positions.
+    -> ids (N,), attention (N, N) bool, positions (N,). Copy k sees the context before boundary k
+    and itself, and continues its positions. Context 5 6 7 8, boundaries 2 and 4, answer 90 91:
+
+                5 6 7 8  90 91  90 91      sees
+        90 91   x x      x  x              as if the row ended after 5 6
+        90 91   x x x x         x  x       as if it ended after 7 8
     """
     n, size = len(context), len(wrapped)
     ids = torch.tensor(context + wrapped * len(boundaries))
@@ -304,6 +309,7 @@ def answer_logprobs(policy: Policy, contexts: list[list[int]], boundaries: list[
                 contexts[e], boundaries[e], wrapped[e])
             answers.append(torch.arange(len(contexts[e]), n).view(len(boundaries[e]), -1))
             befores.append(answers[-1] - 1)
+            # an answer's first token is predicted by the last token before its boundary
             befores[-1][:, 0] = torch.tensor(boundaries[e]) - 1
         columns = torch.cat([x.flatten() for x in befores]).unique()  # logits only where needed
         tokens, columns = tokens.to(policy.device), columns.to(policy.device)
@@ -313,7 +319,7 @@ def answer_logprobs(policy: Policy, contexts: list[list[int]], boundaries: list[
         logits = policy.forward(tokens, logits_to_keep=columns, use_cache=False, **masks)
         logprobs = (logits / args.temperature).log_softmax(-1)
         for row, (answer, before) in enumerate(zip(answers, befores, strict=True)):
-            column = torch.searchsorted(columns, before.to(columns))
+            column = torch.searchsorted(columns, before.to(columns))  # where in the logits
             results.append(logprobs[row, column, tokens[row, answer.to(columns)]])
     return results
 

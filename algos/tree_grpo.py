@@ -23,6 +23,7 @@ Changed from igpo.py
     - the episodes of a group are the leaves of M trees that share turns
     - one advantage per episode again, but from two comparisons: in the tree and in the group
     - only tokens of high entropy enter the policy term of the loss
+    - mean over tokens instead of over rows; unbiased std
 
 Deviations and choices
     D1  A leaf alone in its tree or group gets 0 from it (official code, --singleton raw: its
@@ -33,7 +34,8 @@ Deviations and choices
         kept: copies of one token never disagree. (Official code: per micro-batch, ties by index.)
     D4  A branch recomputes its prefix in one forward pass instead of copying the cache. A copied
         environment brings its generator along: siblings meet the same chance.
-    D5  --chains plays independent chains instead, M (1 + L N / 2): about the same tokens.
+    D5  --chains plays M (1 + L N / 2) independent chains instead, the budget by [T]'s formula; the
+        trees of short episodes cost somewhat more (Eq. 1), so compare at equal tokens.
     D6  No KL and no entropy bonus, as [M] ([T]: 0.001 each); mean over tokens as the official code
         (paper [T]: over rows); clip 0.2 on both sides ([M]: 0.28 above); dual clip off (code: 3).
     D7  200 iterations: with rho = 0.2 the tiny model learns late.
@@ -73,14 +75,14 @@ class Args(RunArgs):
     num_iterations: int = 200  # iterations of: collect episodes, update
     learning_rate: float = 5e-4  # of AdamW, constant
     num_prompts: int = 24  # environment seeds (groups of trees) per iteration
-    group_size: int = 2  # trees per prompt, M in Eq. 1
+    group_size: int = 2  # trees per prompt, M in Eq. 1 (a group has more leaves than that)
 
     # Algorithm specific arguments
     forks: int = 2  # branches added to every tree in a round, N in Eq. 1; 0 leaves chains
     rounds: int = 1  # rounds of forking, L in Eq. 1
     fork: Literal["deepcopy", "replay"] = "deepcopy"  # copy the environment, or repeat its actions
     chains: bool = False  # control: independent chains of about the tokens of the trees
-    advantage: Literal["both", "intra", "inter"] = "both"  # in the tree, in the group, Eq. 3
+    advantage: Literal["both", "intra", "inter"] = "both"  # intra: in the tree, inter: in the group
     singleton: Literal["zero", "raw"] = "zero"  # z of a leaf alone in its tree: 0, or its score
     prefix_credit: Literal["sum", "mean"] = "sum"  # credit of a turn shared by several leaves
     keep_top_entropy: float = 0.2  # share of tokens in the loss, rho in Eq. 5; 1.0 keeps all
@@ -136,7 +138,7 @@ def tree_advantages(scores: Tensor, tree_id: Tensor, group_id: Tensor, advantage
 
 @torch.no_grad()
 def owner_rows(node_id: Tensor) -> Tensor:
-    """The first row that holds the node of a token; its own row where nothing was sampled.
+    """The first row that holds a token: the token's owner; its own row where nothing was sampled.
 
     node_id (B, T), -1 on tokens that were not sampled -> (B, T). Copies stand in equal columns.
     """
@@ -167,7 +169,7 @@ def prefix_weights(node_id: Tensor) -> Tensor:
     """
     mask, owned = node_id >= 0, owned_tokens(node_id)
     weights = torch.zeros(node_id.shape, device=node_id.device)
-    copies, once = node_id[mask].bincount(), node_id[owned].bincount()
+    copies, once = node_id[mask].bincount(), node_id[owned].bincount()  # tokens in all rows, in one
     weights[mask] = (once / copies)[node_id[mask]]
     return weights
 
@@ -183,7 +185,7 @@ def entropy_threshold(pool: Tensor, keep_top_entropy: float, rule: str = "quanti
         return -float("inf")
     if rule == "quantile":
         return pool.quantile(1 - keep_top_entropy).item()
-    k = max(1, int(keep_top_entropy * len(pool) + 0.9999))
+    k = max(1, int(keep_top_entropy * len(pool) + 0.9999))  # as the official code rounds up
     return pool.topk(k).values[-1].item()
 
 
@@ -253,7 +255,10 @@ def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, cli
 # === 5. Trees ====================================================================================
 def expected_budget(trees: int, forks: int, rounds: int,
                     turns: float = math.inf) -> tuple[int, float]:
-    """Leaves of a prompt, and the chains of so many turns that cost as much (one round). Eq. 1"""
+    """Leaves of a prompt, and how many chains of so many turns cost as much. Eq. 1
+
+    Exact for one round; for long chains the paper's M (1 + L N / 2).
+    """
     branches = trees * forks * rounds
     return trees + branches, trees + branches * (1 + 1 / turns) / 2
 
@@ -313,30 +318,30 @@ def grow_trees(policy: Policy, envs: list[Recorder], args: Args,
                iteration: int) -> list[list[Episode]]:
     """This process's trees, each a list of leaves; the M trees of a prompt are neighbours. Eq. 1"""
     chains = collect_groups(policy, envs, args, iteration)
-    trees = [[pair] for pair in zip(envs, chains, strict=True)]
-    for level in range(1, args.rounds + 1):
+    trees = [[pair] for pair in zip(envs, chains, strict=True)]  # leaves with their environments
+    for round_ in range(1, args.rounds + 1):
         branches, rngs = [], []
         for number, tree in enumerate(trees, start=rank() * len(trees)):
-            points = fork_points([episode for _, episode in tree])
-            draw = random_stream(args.seed, DRAW, iteration, number, level)
+            points = fork_points([episode for _, episode in tree])  # none if no turn was played
+            draw = random_stream(args.seed, DRAW, iteration, number, round_)
             for i in range(args.forks if points else 0):
                 leaf, k = points[draw.integers(len(points))]  # with replacement
                 env, branch = fork_episode(*tree[leaf], k, args)
-                env.copies = env.copies and level < args.rounds  # it may be forked once more
+                env.copies = env.copies and round_ < args.rounds  # is it going to be forked?
                 branches.append((tree, env, branch))
-                rngs.append(random_stream(args.seed, SAMPLE, iteration, number, level, i))
+                rngs.append(random_stream(args.seed, SAMPLE, iteration, number, round_, i))
         rollout(policy, [env for _, env, _ in branches], [e for _, _, e in branches], rngs,
                 max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
                 temperature=args.temperature)
-        for tree, env, episode in branches:  # after the draws: a round forks what stood before it
-            tree.append((env, episode))
         refresh_logprobs(policy, [e for _, _, e in branches], args)
+        for tree, env, episode in branches:  # only now: branches of one round never fork each other
+            tree.append((env, episode))
     return [[episode for _, episode in tree] for tree in trees]
 
 
 def number_nodes(episodes: list[Episode], batch: dict[str, Tensor]) -> Tensor:
     """node_id (B, T): the number of the turn that sampled a token, -1 where none did."""
-    numbers: dict[int, int] = {}
+    numbers: dict[int, int] = {}  # from 1, since expand_to_tokens puts 0 where nothing was sampled
     nodes, _ = turn_table(episodes, lambda turn: numbers.setdefault(id(turn), len(numbers)) + 1,
                           batch["tokens"].device)
     return expand_to_tokens(nodes, batch["turn_id"], batch["episode_id"]).long() - 1
@@ -384,12 +389,14 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
 def main(args: Args) -> dict[str, float]:
     if args.keep_top_entropy > 1:
         stop(f"--keep-top-entropy {args.keep_top_entropy}: a share of the tokens, at most 1")
+    if args.keep_top_entropy == 1 and args.invert_entropy_mask:
+        stop("--invert-entropy-mask with --keep-top-entropy 1 would train on nothing")
+    if args.group_size * (1 + args.rounds * args.forks) < 2:
+        stop("--group-size 1 --forks 0: an advantage relative to the group needs 2 episodes")
     with Run(args, "tree_grpo") as run:
-        if args.chains:  # as many as the trees are expected to cost
+        if args.chains:  # as many as long trees cost
             _, chains = expected_budget(args.group_size, args.forks, args.rounds)
             args = dataclasses.replace(args, group_size=round(chains), forks=0)
-        if args.group_size * (1 + args.rounds * args.forks) < 2:
-            stop("--group-size 1 --forks 0: an advantage relative to the group needs 2 episodes")
         num_trees = args.num_prompts * args.group_size  # over all processes
         envs = [Recorder(env, copies=args.fork == "deepcopy" and args.forks > 0)
                 for env in make_envs(args, num_trees // world_size())]

@@ -96,7 +96,7 @@ class SearchQA(TextEnv):
                      and all(word in self.names for word in words))
         if not searching and not answering:
             self.ended = True
-            return "Unknown action.", -self.format_penalty, True, False, self.info("malformed")
+            return "Unknown action.", 0.0 - self.format_penalty, True, False, self.info("malformed")
         if answering:
             self.ended, success = True, words == [path[-1] for path in self.paths]
             return "", float(success), True, False, self.info("answer", success)
