@@ -626,7 +626,8 @@ def test_sampled_tokens_are_counted_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags,needle", [
-    ({"keep_top_entropy": 1.5}, "--keep-top-entropy"), ({"group_size": 1, "forks": 0}, "--forks"),
+    ({"keep_top_entropy": 1.5}, "--keep-top-entropy"),
+    ({"keep_top_entropy": 1.0, "invert_entropy_mask": True}, "train on nothing"), ({"group_size": 1, "forks": 0}, "--forks"),
     ({"forks": -1}, "--forks")])
 def test_bad_flags_get_one_line(flags, needle, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
