@@ -41,6 +41,19 @@ def random_model(kind: str, vocab_size: int, context: int = 2048):
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+class KeepGradient:
+    """An optimizer that keeps the gradients instead of stepping."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.policy.model.parameters()])
+
+    def zero_grad(self):
+        self.policy.model.zero_grad()
+
+
 @pytest.fixture(params=["llama", "qwen3"])
 def chat_policy(request) -> Policy:
     """A random model with a ChatML template and pad == end-of-turn."""

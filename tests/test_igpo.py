@@ -14,6 +14,7 @@ from algos.igpo import (
     update, wrap_answer,
 )
 from algos.ms_grpo import group_relative_advantages as grpo
+from conftest import KeepGradient
 from envs.episodes import demonstrations
 import words  # noqa: F401 (registers tests/Words-v0)
 from utils import (
@@ -449,17 +450,6 @@ def test_attention_that_cannot_take_the_mask_is_named(tmp_path, capsys, chat_fol
 
 
 # --- the update ----------------------------------------------------------------------------------
-
-
-class KeepGradient:
-    def __init__(self, policy):
-        self.policy = policy
-
-    def step(self):
-        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.policy.model.parameters()])
-
-    def zero_grad(self):
-        self.policy.model.zero_grad()
 
 
 def run_update(policy, batch, **options):

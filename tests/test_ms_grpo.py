@@ -12,6 +12,7 @@ from algos.ms_grpo import (
     episode_returns, group_relative_advantages, kl_policy_ref_k3, main, policy_loss,
     sum_over_turns, turn_advantages, update,
 )
+from conftest import KeepGradient
 from envs.episodes import Episode, Turn
 from utils import collate, collect_groups, expand_to_tokens, make_envs, token_logprobs
 
@@ -351,23 +352,10 @@ def training_batch(tiny_policy):
     return batch
 
 
-class Recorder:
-    """An optimizer that keeps the gradients instead of stepping."""
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def step(self):
-        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.policy.model.parameters()])
-
-    def zero_grad(self):
-        self.policy.model.zero_grad()
-
-
 def run_update(policy, batch, **options):
-    recorder = Recorder(policy)
+    keeper = KeepGradient(policy)
     args = Args(max_grad_norm=1e9, entropy_coefficient=0.01, **options)
-    return update(policy, None, recorder, dict(batch), args), recorder.gradient
+    return update(policy, None, keeper, dict(batch), args), keeper.gradient
 
 
 def same(one, other):

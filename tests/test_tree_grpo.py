@@ -14,6 +14,7 @@ from algos.tree_grpo import (
     fork_points, grow_trees, kl_policy_ref_k3, loss_weights, main, number_nodes, owned_tokens, owner_rows,
     policy_loss, prefix_weights, tree_advantages, update,
 )
+from conftest import KeepGradient
 from envs.episodes import Episode, Turn, start_episodes
 from envs.search_qa import SearchQA
 from utils import collate, make_envs, token_entropy, token_logprobs
@@ -449,17 +450,6 @@ def test_search_forks_exactly():
 
 
 # --- the update ----------------------------------------------------------------------------------
-
-
-class KeepGradient:
-    def __init__(self, policy):
-        self.policy = policy
-
-    def step(self):
-        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.policy.model.parameters()])
-
-    def zero_grad(self):
-        self.policy.model.zero_grad()
 
 
 @pytest.fixture
