@@ -51,18 +51,16 @@ run igpo sparse_both --env-kwargs "$sparse"
 run igpo sparse_outcome --env-kwargs "$sparse" --reward-source outcome
 run igpo sparse_gain --env-kwargs "$sparse" --reward-source information_gain
 run igpo sparse_prob --env-kwargs "$sparse" --belief prob
-# Tree-GRPO: the default run; claim A, trees or chains, all tokens; claim B, share of tokens kept.
-run tree_grpo default
-short=(--num-iterations 60)
-run tree_grpo tree_all "${short[@]}" --keep-top-entropy 1
-run tree_grpo tree_top50 "${short[@]}" --keep-top-entropy 0.5
-run tree_grpo tree_top20 "${short[@]}"
-run tree_grpo tree_top10 "${short[@]}" --keep-top-entropy 0.1
-run tree_grpo tree_bottom80 "${short[@]}" --invert-entropy-mask
-run tree_grpo tree_chains4 "${short[@]}" --keep-top-entropy 1 --chains
-run tree_grpo tree_chains6 "${short[@]}" --keep-top-entropy 1 --group-size 6 --forks 0
-run tree_grpo tree_intra "${short[@]}" --keep-top-entropy 1 --advantage intra
-run tree_grpo tree_inter "${short[@]}" --keep-top-entropy 1 --advantage inter
+# Tree-GRPO: share of tokens kept (B; tree_top50 is the default run); trees or chains, all tokens (A).
+run tree_grpo tree_top50
+run tree_grpo tree_all --keep-top-entropy 1
+run tree_grpo tree_chains4 --keep-top-entropy 1 --chains
+run tree_grpo tree_top20 --keep-top-entropy 0.2
+run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask
+run tree_grpo tree_chains6 --keep-top-entropy 1 --group-size 6 --forks 0
+run tree_grpo tree_intra --keep-top-entropy 1 --advantage intra
+run tree_grpo tree_inter --keep-top-entropy 1 --advantage inter
+run tree_grpo tree_top10 --keep-top-entropy 0.1
 hopeless='{"regime": "hopeless"}'
 run igpo hopeless_both --env-kwargs "$hopeless"
 run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome

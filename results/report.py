@@ -182,7 +182,7 @@ def readme_table() -> str:
     for algo, arm, environment in [("ms_grpo", "lake_aaw", "Frozen Lake (default)"),
                                    ("ms_grpo", "snake_episode", "Snake"),
                                    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
-                                   ("tree_grpo", "default", "search, 2 to 3 hops (default)")]:
+                                   ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")
         cells = [f"[`{algo}`](docs/{algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
