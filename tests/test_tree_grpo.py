@@ -466,7 +466,8 @@ def batch(grown):
 
 def run_update(policy, batch, **options):
     keeper = KeepGradient(policy)
-    return update(policy, None, keeper, dict(batch), Args(max_grad_norm=1e9, **options)), keeper.gradient
+    args = Args(max_grad_norm=1e9, **({"keep_top_entropy": 0.2} | options))
+    return update(policy, None, keeper, dict(batch), args), keeper.gradient
 
 
 def same(one, other, **tolerance):
