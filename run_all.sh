@@ -64,7 +64,6 @@ run tree_grpo tree_top10 --keep-top-entropy 0.1
 hopeless='{"regime": "hopeless"}'
 run igpo hopeless_both --env-kwargs "$hopeless"
 run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome
-run igpo hopeless_prob --env-kwargs "$hopeless" --belief prob
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

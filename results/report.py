@@ -29,7 +29,7 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "C2": ("success", "sparse: 3 hops, more noise",
                ["sparse_both", "sparse_outcome", "sparse_gain", "sparse_prob"]),
         "C3": ("success", "hopeless: 4 hops",
-               ["hopeless_both", "hopeless_outcome", "hopeless_prob"])},
+               ["hopeless_both", "hopeless_outcome"])},
     "tree_grpo": {
         "A": ("success", "trees or chains (all tokens)",
               ["tree_all", "tree_chains4", "tree_chains6", "tree_intra", "tree_inter"]),
@@ -151,7 +151,7 @@ def claim_table(algo: str, claim: str) -> str:
 
 
 def claim_figure(curves: list[dict[str, str]], algo: str):
-    figure = Figure((10, 3.6), layout="constrained")
+    figure = Figure((5 * len(CLAIMS[algo]), 3.6), layout="constrained")
     axes = figure.subplots(1, len(CLAIMS[algo]), squeeze=False)[0]
     for axis, (metric, title, arms) in zip(axes, CLAIMS[algo].values(), strict=True):
         for color, arm in enumerate(arms):
