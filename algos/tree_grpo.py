@@ -38,8 +38,8 @@ Deviations and choices
         trees of short episodes cost somewhat more (Eq. 1), so compare at equal tokens.
     D6  No KL and no entropy bonus, as [M] ([T]: 0.001 each); mean over tokens as the official code
         (paper [T]: over rows); clip 0.2 on both sides ([M]: 0.28 above); dual clip off (code: 3).
-    D7  rho = 0.5 by default ([M]: 0.2): a turn has four tokens here, and the fifth of highest entropy
-        leaves out the word that decides between searching and answering.
+    D7  rho = 0.5 by default ([M]: 0.2): a turn has four tokens here, and the fifth of highest
+        entropy leaves out the word that decides between searching and answering.
 
     python algos/tree_grpo.py        about 3 minutes on 2 CPU cores
 """
