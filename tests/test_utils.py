@@ -381,10 +381,11 @@ def test_start_episodes_resets_each_environment_with_its_seed():
 
 def test_batch_logprobs_equals_one_pass_whatever_the_parts(chat_policy, started):
     batch = collate(play(chat_policy, started, history_turns=0), chat_policy.device)
-    whole, _ = token_logprobs(chat_policy, batch, 1.0)
+    whole = token_logprobs(chat_policy, batch, 1.0)
     for tokens in (1, 200, 10**6):
         parts = batch_logprobs(chat_policy, batch, RunArgs(micro_batch_tokens=tokens))
-        assert torch.allclose(parts, whole, atol=1e-5) and not parts.requires_grad
+        for part, values in zip(parts, whole, strict=True):  # log-probs, entropies
+            assert torch.allclose(part, values, atol=1e-5) and not part.requires_grad
 
 
 @pytest.mark.parametrize("history_turns", [None, 0])
