@@ -33,7 +33,7 @@ Deviations and choices
     D6  No KL (paper: 0.001); entropy coefficient 0.001 and dual clip from the official code, the
         latter off. Two optimizer steps per batch (paper: one); one without any signal is skipped.
 
-    python algos/igpo.py        about 3 minutes on 2 CPU cores
+    python algos/igpo.py        about 2 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

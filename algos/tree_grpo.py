@@ -41,7 +41,7 @@ Deviations and choices
     D7  rho = 0.5 by default ([M]: 0.2): a turn has four tokens here, and the fifth of highest
         entropy leaves out the word that decides between searching and answering.
 
-    python algos/tree_grpo.py        about 3 minutes on 2 CPU cores
+    python algos/tree_grpo.py        about 2.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
