@@ -362,6 +362,28 @@ def test_what_cannot_be_copied_is_replayed_and_what_cannot_be_replayed_is_named(
         assert end.value.code == 2 and "neither copied nor repeated" in capsys.readouterr().err
 
 
+def test_a_replay_compares_every_observation_and_not_only_the_last(tiny_policy, capsys):
+    args = Args(num_prompts=1, group_size=8, forks=0, max_turn_tokens=4, env_id="tests/Words-v0")
+    envs = [Recorder(env, False) for env in make_envs(args, 8)]
+    leaves = [leaf for [leaf] in grow_trees(tiny_policy, envs, args, 3)]
+    [env, leaf] = next(pair for pair in zip(envs, leaves, strict=True) if len(pair[1].turns) > 2)
+    assert fork_episode(env, leaf, 2, args)[1].observation == leaf.turns[2].observation
+    leaf.turns[1].observation += " or so"
+    with pytest.raises(SystemExit):
+        fork_episode(env, leaf, 2, args)
+    assert "neither copied nor repeated" in capsys.readouterr().err
+
+
+def test_branches_can_be_copied_as_long_as_a_round_follows(tiny_policy, monkeypatch):
+    """A game that cannot be repeated: every fork, also of a branch, must come from a copy."""
+    numbers, original = iter(range(10**6)), Words.step
+    monkeypatch.setattr(Words, "step", lambda self, action: (
+        f"{next(numbers)}", *original(self, action)[1:]))
+    args = Args(num_prompts=3, group_size=2, rounds=3, max_turn_tokens=4, env_id="tests/Words-v0")
+    envs = [Recorder(env, True) for env in make_envs(args, 6)]
+    assert [len(tree) for tree in grow_trees(tiny_policy, envs, args, 0)] == [7] * 6
+
+
 def test_forks_are_drawn_uniformly_over_the_boundaries(tiny_policy, monkeypatch):
     """10,000 forks of chains of three turns: a third each within 3 sigma."""
     counts = np.zeros(3)
