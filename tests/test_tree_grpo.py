@@ -363,8 +363,8 @@ def test_what_cannot_be_copied_is_replayed_and_what_cannot_be_replayed_is_named(
 
 
 def test_a_replay_compares_every_observation_and_not_only_the_last(tiny_policy, capsys):
-    args = Args(num_prompts=1, group_size=8, forks=0, max_turn_tokens=4, env_id="tests/Words-v0")
-    envs = [Recorder(env, False) for env in make_envs(args, 8)]
+    args = Args(num_prompts=16, group_size=1, forks=0, max_turn_tokens=4, env_id="tests/Words-v0")
+    envs = [Recorder(env, False) for env in make_envs(args, 16)]
     leaves = [leaf for [leaf] in grow_trees(tiny_policy, envs, args, 3)]
     [env, leaf] = next(pair for pair in zip(envs, leaves, strict=True) if len(pair[1].turns) > 2)
     assert fork_episode(env, leaf, 2, args)[1].observation == leaf.turns[2].observation
