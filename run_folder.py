@@ -32,7 +32,7 @@ from utils import (
 )
 
 MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
-               "forks"}
+               "forks", "final_reserve"}
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "eval_only", "save_every", "run_dir", "track",
                         "compile", "print_samples", "micro_batch_tokens", "device"}
 
@@ -209,7 +209,7 @@ class Run:
         train = episode_metrics(episodes)
         turns = {id(turn): turn for e in episodes for turn in e.turns}.values()  # shared ones once
         steps = all_reduce_sum(torch.tensor([
-            len(turns), sum(len(turn.token_ids) for turn in turns)])).tolist()
+            len(turns), sum(turn.num_sampled for turn in turns)])).tolist()
         self.totals["environment_steps"] += steps[0]
         self.totals["generated_tokens"] += steps[1]
         self.rows.append({"iteration": iteration + 1})

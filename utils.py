@@ -167,8 +167,13 @@ class Policy:
             return self.close(turns[-1]) + observation, False
         ids = list(self.head)
         for turn in turns[-history_turns:] if history_turns else []:
-            ids += self.encode(turn.observation) + self.tail + turn.token_ids + self.close(turn)
+            ids += self.encode(turn.observation) + self.tail
+            ids += self.remember(turn) + self.close(turn)
         return ids + observation, True
+
+    def remember(self, turn: Turn) -> list[int]:
+        """What a later row shows of an earlier answer: all of it."""
+        return turn.token_ids
 
     def close(self, turn: Turn) -> list[int]:
         """What lies between an answer and the next observation; a turn cut by its cap is ended."""
@@ -185,9 +190,13 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_policy(args: RunArgs, history_turns: int | None = None) -> Policy:
-    """The policy that `--model` names, as it is before any reinforcement learning."""
-    tiny, folder, env = args.model == "tiny", args.model, make_envs(args, 1)[0]
+def load_policy(args: RunArgs, history_turns: int | None = None,
+                env: gym.Env | None = None) -> Policy:
+    """The policy that `--model` names, as it is before any reinforcement learning.
+
+    The tiny model's demonstrations are played in env, by default a new environment.
+    """
+    tiny, folder, env = args.model == "tiny", args.model, env or make_envs(args, 1)[0]
     if not tiny and not Path(folder).is_dir() and (folder.count("/") != 1 or folder[0] in "./~"):
         stop(f"--model {folder}: no such folder, and not a hub id (owner/name) either")
     if tiny:
@@ -209,6 +218,7 @@ TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
 NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_LEARNING_RATE = 2048, 64, 1e-3
+WARM_START_TOKENS = 4096
 
 
 def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
@@ -284,11 +294,15 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_t
         done = step / args.warm_start_steps  # the learning rate goes up, then down to 0
         optimizer.param_groups[0]["lr"] = WARM_START_LEARNING_RATE * min(10 * done, 1) * (1 - done)
         rows = select_rows(batch, rng.integers(len(batch["tokens"]), size=WARM_START_ROWS))
-        logprobs, _ = token_logprobs(policy, rows, temperature=1.0)
-        loss = -masked_mean(logprobs, rows["turn_id"] >= 0)
-        loss.backward()
+        wide = rows["tokens"].numel() > WARM_START_TOKENS  # then like lengths go together
+        loss, count = 0.0, (rows["turn_id"] >= 0).sum()
+        for part in micro_batches(rows, WARM_START_TOKENS) if wide else [rows]:
+            logprobs, _ = token_logprobs(policy, part, temperature=1.0)
+            part_loss = -logprobs.sum() / count
+            part_loss.backward()
+            loss += part_loss.item()
         optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
 
 # === 5. Rollouts =================================================================================
@@ -368,23 +382,28 @@ def make_envs(args: RunArgs, count: int, evaluation: bool = False) -> list[gym.E
 @torch.no_grad()
 def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
             rngs: list[np.random.Generator], *, max_turns: int,
-            max_turn_tokens: int | Callable[[Episode], int], temperature: float,
-            history_turns: int | None = None) -> list[Episode]:
+            max_turn_tokens: int | Callable[[Episode, int], int], temperature: float,
+            history_turns: int | None = None,
+            force: Callable[[Episode, int, list[int]], list[int]] | None = None) -> list[Episode]:
     """Play every episode on to its end, in lock-step, and return the same list.
 
     An episode may already have turns (a fork): it goes on from there. Each draws from its own
-    generator, so what it samples does not depend on the other rows. max_turn_tokens may be a
-    function of the episode (a budget); history_turns is that of Policy.prompt.
+    generator, so what it samples does not depend on the other rows. history_turns is that of
+    Policy.prompt. Budgets, with the number of tokens before the turn: max_turn_tokens(episode,
+    used), and force(episode, used, token_ids), the tokens to put in, unsampled, after those of the
+    turn so far.
     """
     policy.model.eval()
-    live, decoder, prompts, caps = list(range(len(episodes))), None, {}, {}
+    live, decoder = list(range(len(episodes))), None
+    prompts, used, caps, unfed = {}, {}, {}, {}
     while True:
         # 1. the next prompts; an episode whose next turn does not fit into the context is truncated
         for episode, i in ((episodes[i], i) for i in live if not episodes[i].done):
             prompts[i] = ids, starts_row = policy.prompt(episode, history_turns)
-            caps[i] = max_turn_tokens(episode) if callable(max_turn_tokens) else max_turn_tokens
-            used = 0 if starts_row else len(episode.row())
-            episode.overflowed = used + len(ids) + caps[i] > policy.context_length
+            used[i] = len(ids) + (0 if starts_row else len(episode.row()))
+            caps[i] = (max_turn_tokens(episode, used[i]) if callable(max_turn_tokens)
+                       else max_turn_tokens)
+            episode.overflowed = caps[i] < 1 or used[i] + caps[i] > policy.context_length
             episode.truncated = episode.overflowed or len(episode.turns) >= max_turns
         rows = [row for row, i in enumerate(live) if not episodes[i].done]
         if not rows:
@@ -398,44 +417,56 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
         else:
             if dropped:
                 decoder.keep(rows)
-            pending = [episodes[i].turns[-1].token_ids[-1:] + prompts[i][0] for i in live]
-        logits = decoder.feed(pending)  # (B, V)
+            pending = [unfed[i] + prompts[i][0] for i in live]
+        token_ids = [force(episodes[i], used[i], []) if force else [] for i in live]
+        forced = [set(range(len(ids))) for ids in token_ids]
+        logprobs = [[0.0] * len(ids) for ids in token_ids]
+        logits = decoder.feed([a + b for a, b in zip(pending, token_ids, strict=True)])  # (B, V)
         # 3. sample until every row has ended its turn; rows that are done wait behind holes
         cap = max(caps[i] for i in live)
         uniforms = torch.tensor(np.stack([
             np.pad(rngs[i].random(caps[i]), (0, cap - caps[i])) for i in live]))  # (B, cap)
-        token_ids: list[list[int]] = [[] for _ in live]
-        logprobs: list[list[float]] = [[] for _ in live]
         active = list(range(len(live)))
         for step in range(cap):
             drawn = sample_tokens(logits, temperature, uniforms[:, step])
             tokens, chosen = (x.tolist() for x in drawn)
             for row in active:
-                token_ids[row].append(tokens[row])
-                logprobs[row].append(chosen[row])
-            active = [row for row in active if tokens[row] != policy.end_id
+                ids, i = token_ids[row], live[row]
+                ids.append(tokens[row])
+                put_in = force(episodes[i], used[i], ids) if force else []
+                forced[row].update(range(len(ids), len(ids) + len(put_in)))
+                ids += put_in
+                logprobs[row] += [chosen[row]] + [0.0] * len(put_in)
+                unfed[i] = [tokens[row], *put_in]
+            active = [row for row in active if token_ids[row][-1] != policy.end_id
                       and len(token_ids[row]) < caps[live[row]]]
             if not active:
                 break
-            logits = decoder.feed([[tokens[row]] * (row in active) for row in range(len(live))])
+            logits = decoder.feed([unfed[i] if row in active else []
+                                   for row, i in enumerate(live)])
         # 4. the environments answer
         for row, i in enumerate(live):
             ids = token_ids[row][:-1] if token_ids[row][-1] == policy.end_id else token_ids[row]
             text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            episodes[i].answer(envs[i], Turn(episodes[i].observation, text, *prompts[i],
-                                             token_ids=token_ids[row], logprobs=logprobs[row]))
+            episodes[i].answer(envs[i], Turn(
+                episodes[i].observation, text, *prompts[i], token_ids=token_ids[row],
+                logprobs=logprobs[row], forced=forced[row]))
 
 
 def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration: int,
-                   history_turns: int | None = None) -> list[Episode]:
-    """This process's share of num_prompts groups; the G episodes of a group are neighbours."""
+                   history_turns: int | None = None, **budget) -> list[Episode]:
+    """This process's share of num_prompts groups; the G episodes of a group are neighbours.
+
+    budget: max_turn_tokens and force of rollout.
+    """
     seeds = random_stream(args.seed, PROMPTS, iteration).integers(
         EVALUATION_SEEDS, size=args.num_prompts).repeat(args.group_size)
     share = range(rank() * len(envs), (rank() + 1) * len(envs))
     episodes = rollout(policy, envs, start_episodes(envs, [seeds[i] for i in share]),
                        [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
-                       max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
-                       temperature=args.temperature, history_turns=history_turns)
+                       max_turns=args.max_turns, temperature=args.temperature,
+                       history_turns=history_turns,
+                       **{"max_turn_tokens": args.max_turn_tokens, **budget})
     if not any(e.turns for e in episodes):
         stop(f"no prompt leaves room to answer in the model's context of {policy.context_length} "
              "tokens")
@@ -448,9 +479,10 @@ def refresh_logprobs(policy: Policy, episodes: list[Episode], args: RunArgs):
     if policy.bf16:
         batch, turns = collate(episodes, policy.device), [t for e in episodes for t in e.turns]
         logprobs, _ = batch_logprobs(policy, batch, args)
-        sampled = logprobs[batch["turn_id"] >= 0].split([len(t.token_ids) for t in turns])
-        for turn, part in zip(turns, sampled, strict=True):
-            turn.logprobs = part.tolist()
+        sampled = iter(logprobs[batch["turn_id"] >= 0].tolist())
+        for turn in turns:
+            turn.logprobs = [0.0 if position in turn.forced else next(sampled)
+                             for position in range(len(turn.token_ids))]
 
 
 # === 6. Batches and log-probs ====================================================================
@@ -465,7 +497,8 @@ def collate(episodes: list[Episode], device: torch.device) -> dict[str, Tensor]:
             if turn.starts_row:
                 rows.append({"episode_id": episode_id, "tokens": [], "turn_id": [], "logprobs": []})
             rows[-1]["tokens"] += turn.prompt_ids + turn.token_ids
-            rows[-1]["turn_id"] += [-1] * len(turn.prompt_ids) + [k] * len(turn.token_ids)
+            rows[-1]["turn_id"] += [-1] * len(turn.prompt_ids) + [
+                -1 if position in turn.forced else k for position in range(len(turn.token_ids))]
             rows[-1]["logprobs"] += [0.0] * len(turn.prompt_ids) + turn.logprobs
             assert len(rows[-1]["tokens"]) == len(rows[-1]["turn_id"]) == len(rows[-1]["logprobs"])
     lengths = [len(row["tokens"]) for row in rows]
@@ -500,7 +533,7 @@ def expand_to_tokens(turn_values: Tensor, turn_id: Tensor, episode_id: Tensor) -
 def select_rows(batch: dict[str, Tensor], rows) -> dict[str, Tensor]:
     """Some rows of a batch, without the columns that only longer rows need."""
     index = torch.as_tensor(rows, device=batch["lengths"].device)
-    width = int(batch["lengths"][index].max())
+    width = max([1, *batch["lengths"][index].tolist()])
     return {name: x[index][:, :width] if x.dim() > 1 else x[index] for name, x in batch.items()}
 
 
@@ -582,7 +615,7 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
         "success": [e.success for e in episodes], "return": [e.total_reward for e in episodes],
         "turns": [len(e.turns) for e in episodes], "truncated": [e.truncated for e in episodes],
         "overflowed": [e.overflowed for e in episodes],
-        "tokens_per_turn": [len(turn.token_ids) for turn in turns],
+        "tokens_per_turn": [turn.num_sampled for turn in turns],
         "invalid_actions": [turn.info.get("invalid_action", False) for turn in turns]}
     sums = torch.tensor([[sum(x), len(x)] for x in values.values()], dtype=torch.double)
     totals, counts = all_reduce_sum(sums).T
@@ -590,10 +623,11 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
-             history_turns: int | None = None) -> tuple[dict[str, float], list[Episode]]:
+             history_turns: int | None = None,
+             **budget) -> tuple[dict[str, float], list[Episode]]:
     """One episode on each held-out seed, sampled at the evaluation temperature.
 
-    The processes share the seeds: metrics of all, episodes of this one.
+    The processes share the seeds: metrics of all, episodes of this one. budget: see collect_groups.
     """
     episodes: list[Episode] = []
     share = range(args.eval_episodes)[rank() :: world_size()]
@@ -602,6 +636,7 @@ def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
         started = start_episodes(envs[: len(index)], [EVALUATION_SEEDS + i for i in index])
         episodes += rollout(policy, envs, started,
                             [random_stream(args.seed, EVALUATE, i) for i in index],
-                            max_turns=args.max_turns, max_turn_tokens=args.max_turn_tokens,
-                            temperature=args.eval_temperature, history_turns=history_turns)
+                            max_turns=args.max_turns, temperature=args.eval_temperature,
+                            history_turns=history_turns,
+                            **{"max_turn_tokens": args.max_turn_tokens, **budget})
     return episode_metrics(episodes), episodes

@@ -16,8 +16,13 @@ class Turn:
     starts_row: bool = True  # prompt_ids is a whole context, not a continuation of the last turn
     token_ids: list[int] = dataclasses.field(default_factory=list)  # sampled, end_id included
     logprobs: list[float] = dataclasses.field(default_factory=list)  # of token_ids, when sampled
+    forced: set[int] = dataclasses.field(default_factory=set)  # positions put in, not sampled
     reward: float = 0.0
     info: dict = dataclasses.field(default_factory=dict)  # what the environment answered
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.token_ids) - len(self.forced)
 
 
 @dataclasses.dataclass

@@ -23,7 +23,7 @@ def streams(count: int, first: int = 0) -> list[np.random.Generator]:
 
 
 def play(policy, started, env_id=LAKE, seeds=(1, 1, 2, 3, 4), history_turns=None, **options):
-    ragged = lambda episode: 1 + (episode.seed + 2 * len(episode.turns)) % 5  # noqa: E731
+    ragged = lambda episode, used: 1 + (episode.seed + 2 * len(episode.turns)) % 5  # noqa: E731
     options = {"max_turns": 6, "max_turn_tokens": ragged, "temperature": 1.3} | options
     envs, episodes = started(env_id, list(seeds))
     rngs = streams(len(envs))
@@ -84,7 +84,7 @@ def test_what_an_episode_samples_does_not_depend_on_the_batch(chat_policy, start
     together = play(chat_policy, started, seeds=[1, 2, 3])
     envs, [alone] = started(LAKE, [3])
     rollout(chat_policy, envs, [alone], streams(1, first=2), max_turns=6, temperature=1.3,
-            max_turn_tokens=lambda episode: 1 + (episode.seed + 2 * len(episode.turns)) % 5)
+            max_turn_tokens=lambda episode, used: 1 + (episode.seed + 2 * len(episode.turns)) % 5)
     assert [turn.token_ids for turn in alone.turns] == [t.token_ids for t in together[2].turns]
 
 
@@ -234,7 +234,7 @@ def test_a_template_that_ends_an_answer_with_ordinary_text_is_refused():
 
 def test_caps_may_differ_by_turn_and_limits_are_respected(chat_policy, started):
     episodes = play(chat_policy, started, max_turns=3, seeds=range(8),
-                    max_turn_tokens=lambda episode: 2 + 3 * len(episode.turns))
+                    max_turn_tokens=lambda episode, used: 2 + 3 * len(episode.turns))
     for episode in episodes:
         assert len(episode.turns) <= 3 and episode.done
         for k, turn in enumerate(episode.turns):
