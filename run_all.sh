@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
-scripts=${SCRIPTS:-ms_grpo igpo tree_grpo}
+scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo}
 claims=runs/claims
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -41,6 +41,25 @@ run ms_grpo lake_all --sampling all
 run ms_grpo snake_episode --env-id turnrl/Snake-v0
 run ms_grpo snake_return_to_go --env-id turnrl/Snake-v0 --credit return_to_go
 run ms_grpo snake_step --env-id turnrl/Snake-v0 --credit step
+# UFO: answers allowed in training, feedback, decay, penalty, critic. turns5 is the default run; with one
+# answer an episode has a third of the tokens, so more iterations for about as many tokens.
+run ufo retry_turns5
+run ufo retry_turns1 --max-turns 1 --num-iterations 240 --eval-every 40
+run ufo retry_blank --feedback blank
+run ufo retry_no_penalty --repetition-penalty 0
+run ufo retry_constant --decay constant
+run ufo retry_linear --decay linear
+run ufo retry_gae --advantage gae
+# Turn budgets: what closes a thought (A; think_turn is the default run), turn limits (B).
+run turn_budget think_turn
+run turn_budget think_none --cap none
+run turn_budget think_episode --cap episode
+run turn_budget think_turn_drop --drop-thoughts
+run turn_budget think_none_drop --cap none --drop-thoughts
+turns=(--env-kwargs '{"regime": "turns"}' --max-turns 12 --context-limit 240 --cap none --reminder)
+run turn_budget limit_none "${turns[@]}"
+run turn_budget limit_fixed "${turns[@]}" --turn-limit fixed
+run turn_budget limit_dynamic "${turns[@]}" --turn-limit dynamic
 # IGPO: 2 to 3 hops (C1; middle_both is the default run), 3 hops with more noise (C2), 4 hops (C3).
 run igpo middle_both
 run igpo middle_outcome --reward-source outcome

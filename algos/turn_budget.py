@@ -59,11 +59,15 @@ from utils import (
 
 
 # === 2. Args =====================================================================================
+RewardOption = Literal["none", "window", "overrun", "hinge", "target", "target_max", "turns"]
+
+
 @dataclasses.dataclass
 class Args(RunArgs):
     env_id: str = "turnrl/ThinkSearch-v0"  # an environment in which a turn may hold a thought
     max_turns: int = 4  # turns after which an episode is truncated, K
     max_turn_tokens: int = 4  # tokens of the action that follows a thought, a
+    learning_rate: float = 1.5e-4  # of AdamW, constant
     num_iterations: int = 60  # iterations of: collect episodes, update
     warm_start_steps: int = 500  # behaviour cloning steps of the tiny model before training
 
@@ -77,12 +81,10 @@ class Args(RunArgs):
     start_percentile: float = 50.0  # first limit of --turn-limit dynamic
     end_percentile: float = 75.0  # limit of --turn-limit fixed, and of dynamic when extended
     reminder: bool = False  # every observation ends with the turns left
-    reward_option: Literal["none", "window", "overrun", "hinge", "target", "target_max", "turns"
-                           ] = "none"  # what a length earns, Eq. 6
+    reward_option: RewardOption = "none"  # what a length earns, Eq. 6
     coefficient: float = 0.01  # of the reward option
-    target_tokens: int = 16  # length that costs nothing: of a thought (window, overrun), else of
-    # all that an episode samples
-    divide_by_turns: bool = False  # Eq. 7
+    target_tokens: int = 16  # free length: of a thought (window, overrun), else of an episode
+    divide_by_turns: bool = False  # share an episode's advantage out over its turns, Eq. 7
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 9
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 9
     kl_coefficient: float = 0.0  # weight of KL(policy || start policy), estimator k3, in Eq. 9

@@ -64,12 +64,14 @@ class Args(RunArgs):
     env_id: str = "turnrl/RetryMath-v0"  # an environment whose info holds what was "submitted"
     max_turns: int = 5  # answers an episode may use in training, K
     max_turn_tokens: int = 9  # tokens the policy may sample in one turn
+    learning_rate: float = 2e-4  # of AdamW, constant
+    num_iterations: int = 60  # iterations of: collect episodes, update
+    warm_start_steps: int = 500  # behaviour cloning steps of the tiny model before training
     eval_temperature: float = 0.5  # sampling temperature of the evaluation
 
     # Algorithm specific arguments
     advantage: Literal["group", "gae"] = "group"  # Eq. 4, or a critic and Eq. 5, 6
-    group_baseline: Literal["episode", "turn"] = "episode"  # a turn's baseline: all episodes of
-    # the group, or those others that came as far
+    group_baseline: Literal["episode", "turn"] = "episode"  # mean of all, or of those as far on
     decay: Literal["exponential", "linear", "constant"] = "exponential"  # Eq. 1; linear 1 - n / 5
     decay_base: float = 0.5  # of the exponential decay, Eq. 1
     repetition_penalty: float = 0.5  # coefficient in Eq. 2
@@ -83,7 +85,7 @@ class Args(RunArgs):
     entropy_coefficient: float = 0.001  # weight of the entropy bonus, c in Eq. 7
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 7
     clip_high: float = 0.28  # clipping of the probability ratio from above, Eq. 7
-    critic_learning_rate: float = 3e-3  # of the critic's AdamW, with --advantage gae
+    critic_learning_rate: float = 2e-3  # of the critic's AdamW, with --advantage gae
     num_epochs: int = 1  # passes over the episodes, in the same minibatches
     num_minibatches: int = 2  # optimizer steps per pass
 

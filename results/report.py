@@ -23,6 +23,15 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
                ["lake_aaw", "lake_uniform", "lake_all"]),
         "C2": ("return", "Snake: what a turn is credited with",
                ["snake_episode", "snake_return_to_go", "snake_step"])},
+    "ufo": {
+        "C1": ("success", "answers allowed in training", ["retry_turns5", "retry_turns1"]),
+        "C2": ("success", "feedback, decay, penalty, critic",
+               ["retry_turns5", "retry_blank", "retry_no_penalty", "retry_linear",
+                "retry_constant", "retry_gae"])},
+    "turn_budget": {
+        "A": ("success", "what closes a thought",
+              ["think_turn", "think_none", "think_episode", "think_turn_drop", "think_none_drop"]),
+        "B": ("success", "turn limits", ["limit_none", "limit_fixed", "limit_dynamic"])},
     "igpo": {
         "C1": ("success", "middle: 2 to 3 hops",
                ["middle_both", "middle_outcome", "middle_gain", "middle_prob"]),
@@ -36,8 +45,25 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "B": ("success", "share of tokens kept (trees)",
               ["tree_all", "tree_top50", "tree_top20", "tree_top10", "tree_bottom80"])},
 }
+CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
+    "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
+            "eval_distinct_ratio": "distinct answers",
+            "eval_identical_failure": "failures that never changed the answer",
+            "eval_average_turns": "turns", "eval_in_range": "answers in range"},
+    "turn_budget": {"eval_success": "success", "eval_rounds_completed": "right hops",
+                    "eval_thought_tokens": "thought tokens per turn",
+                    "eval_tokens_per_success": "tokens per solved episode",
+                    "eval_forced_closes": "thoughts closed by force",
+                    "eval_overflowed": "context full", "eval_thought_share": "context that is thought",
+                    "eval_history_cost": "history cost"},
+}
 EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
     "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
+    "ufo": {"groups_without_signal": ("mean", "groups without signal"),
+            "entropy": ("end", None), "repetition_part": ("end", None)},
+    "turn_budget": {"groups_without_signal": ("mean", "groups without signal"),
+                    "entropy": ("end", None), "turn_limit_first": ("end", None),
+                    "turn_limit_last": ("end", None)},
     "igpo": {"groups_of_equal_outcome": ("mean", "groups of equal outcome"),
              "groups_without_signal": ("mean", "groups without signal"),
              "eval_turns": ("end", "turns at the end"), "eval_truncated": ("end", None),
@@ -67,13 +93,15 @@ def collect(folder: Path, algo: str):
         for row in evals:
             curves.append({"arm": arm, "seed": seed, "iteration": row["iteration"],
                            "generated_tokens": row["generated_tokens"] or 0,
-                           "success": row["eval_success"], "return": row["eval_return"]})
+                           "success": row["eval_success"], "return": row["eval_return"],
+                           **{name: row[name] for name in CURVES.get(algo, ())}})
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
         extra = {}
         for name, (when, _) in EXTRA[algo].items():
             values = [float(row[name]) for row in metrics[1:] if row.get(name)]
-            extra[name] = np.mean((values if when == "mean" else values[-10:]) or [0.0])
+            last = values[-1:] if name.startswith("eval_") else values[-10:]
+            extra[name] = np.mean((values if when == "mean" else last) or [0.0])
         versions = json.loads((summary.parent / "args.json").read_text())["versions"]
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
@@ -150,6 +178,25 @@ def claim_table(algo: str, claim: str) -> str:
     return "\n".join(lines)
 
 
+def equal_tokens_table(algo: str, claim: str) -> str:
+    """Everything in CURVES after as many generated tokens as the shortest run of the claim has."""
+    _, _, arms = CLAIMS[algo][claim]
+    rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
+    tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
+    lines = [f"| after {tokens / 1000:.0f}k tokens | " + " | ".join(CURVES[algo].values()) + " |",
+             "|---" * (len(CURVES[algo]) + 1) + "|"]
+    at = {arm: [at_tokens(curves, arm, name, tokens) for name in CURVES[algo]] for arm in arms}
+    start = [at_tokens(curves, arms[0], name, 0) for name in CURVES[algo]]
+    for label, values in [("start policy", start), *((f"`{arm}`", at[arm]) for arm in arms)]:
+        cells = [f"{x.mean():.3g} ± {x.std(ddof=1):.2g}" for x in values]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    for arm in arms[1:]:
+        intervals = [bootstrap(a - b) for a, b in zip(at[arms[0]], at[arm], strict=True)]
+        lines.append(f"| `{arms[0]}` minus `{arm}` | " + " | ".join(
+            f"[{low:+.3g}, {high:+.3g}]" for low, high in intervals) + " |")
+    return "\n".join(lines)
+
+
 def claim_figure(curves: list[dict[str, str]], algo: str):
     figure = Figure((5 * len(CLAIMS[algo]), 3.6), layout="constrained")
     axes = figure.subplots(1, len(CLAIMS[algo]), squeeze=False)[0]
@@ -183,6 +230,8 @@ def readme_table() -> str:
              "| seconds |", "|---|---|---|---|---|---|---|---|"]
     for algo, arm, environment in [("ms_grpo", "lake_aaw", "Frozen Lake (default)"),
                                    ("ms_grpo", "snake_episode", "Snake"),
+                                   ("ufo", "retry_turns5", "retry math (default)"),
+                                   ("turn_budget", "think_turn", "think search (default)"),
                                    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
                                    ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")

@@ -8,14 +8,14 @@ from envs.text_env import TextEnv
 class Words(TextEnv):
     """Chance is in step(), from the environment's own generator; info tells what it has heard."""
 
-    def __init__(self, max_turns=6, **kwargs):
+    def __init__(self, max_turns=6, max_answers=6, feedback="unary", **kwargs):
         super().__init__(**kwargs)
         self.max_turns = max_turns
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.heard, self.ended = [], False
-        return f"start {seed}", {"answer": "left", "heard": []}
+        return f"start {seed}", {"answer": "left", "heard": [], "submitted": None}
 
     def step(self, action):
         self.check_running()
@@ -24,7 +24,8 @@ class Words(TextEnv):
         self.ended = number % 5 == 0
         truncated = len(self.heard) >= self.max_turns and not self.ended
         letters = "".join(c for c in action if c.isascii() and c.isalnum())
-        info = {"answer": "left", "heard": list(self.heard)}
+        info = {"answer": "left", "heard": list(self.heard),
+                "submitted": str(len(action) % 2)}
         reward = float((number + len(action)) % 2)
         return f"{len(self.heard)} {number} {letters}", reward, self.ended, truncated, info
 
