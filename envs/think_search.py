@@ -18,7 +18,7 @@ Instances: split by seed; two seeds seldom give the same pages (125 to the power
 from envs.text_env import TextEnv
 
 REGIMES = {  # fewest and most hops, turns, probability that the scripted player looks again
-    "thoughts": (4, 4, 4, 0.0), "turns": (2, 4, 12, 0.3)}
+    "thoughts": (4, 4, 4, 0.0), "turns": (2, 3, 8, 0.3)}
 MODULUS, DIGITS = 5, 3
 
 

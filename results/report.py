@@ -54,7 +54,8 @@ CURVES = {  # algo: columns of metrics.csv that are also compared at equal token
                     "eval_thought_tokens": "thought tokens per turn",
                     "eval_tokens_per_success": "tokens per solved episode",
                     "eval_forced_closes": "thoughts closed by force",
-                    "eval_overflowed": "context full", "eval_thought_share": "context that is thought",
+                    "eval_overflowed": "context full",
+                    "eval_thought_share": "context that is thought",
                     "eval_history_cost": "history cost"},
 }
 EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
