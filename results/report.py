@@ -260,12 +260,33 @@ def gains_table() -> str:
     return "\n".join(lines)
 
 
+def retry_table() -> str:
+    """results/retry.csv, made by tests/benchmarks/retry.py: what is solved without feedback."""
+    rows = read(ROOT / "results/retry.csv")
+    columns = {"at_once": "at once", "independent_5": "among 5 independent answers",
+               "different_5": "among 5 different answers",
+               "with_feedback_5": "in 5 turns with feedback"}
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = []
+        for name in columns:
+            values = [float(row[name]) for row in rows if row["arm"] == arm and row[name]]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
         collect(runs, algo)
         for claim in claims:
-            replace_block(ROOT / f"docs/{algo}.md", claim, claim_table(algo, claim))
+            page = ROOT / f"docs/{algo}.md"
+            replace_block(page, claim, claim_table(algo, claim))
+            if algo in CURVES:
+                replace_block(page, f"{claim} at equal tokens", equal_tokens_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
+    replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "README.md", "results", readme_table())

@@ -18,6 +18,9 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
     rows = report.read(ROOT / f"results/{algo}.csv")
     for claim, (_, _, arms) in report.CLAIMS[algo].items():
         assert block(f"docs/{algo}.md", claim) == report.claim_table(algo, claim)
+        if algo in report.CURVES:
+            assert (block(f"docs/{algo}.md", f"{claim} at equal tokens")
+                    == report.equal_tokens_table(algo, claim))
         seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
         assert len(seeds[0]) >= 5 and all(s == seeds[0] for s in seeds), "paired seeds"
 
@@ -25,6 +28,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
 def test_the_results_of_the_readme_are_those_of_the_csv():
     assert block("README.md", "results") == report.readme_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
+    assert block("docs/ufo.md", "retry") == report.retry_table()
 
 
 def test_the_line_counts_of_the_readme_are_right():
