@@ -317,11 +317,12 @@ class TurnLimit(gym.Wrapper):
 
     def step(self, action: str):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self.turn += 1
-        self.limit, self.extensions_left, over = turn_limit_step(
-            self.turn, self.limit, self.limits[1], self.extensions_left)
-        truncated = truncated or (over and not terminated)
-        info = info | {"extended": self.extensions_left == 0, "at_limit": over and not terminated}
+        self.turn, over = self.turn + 1, False
+        if not terminated:
+            self.limit, self.extensions_left, over = turn_limit_step(
+                self.turn, self.limit, self.limits[1], self.extensions_left)
+        truncated = truncated or over
+        info = info | {"extended": self.extensions_left == 0, "at_limit": over}
         if not terminated and not truncated:
             observation = self.remind(observation)
         return observation, reward, terminated, truncated, info
@@ -353,13 +354,18 @@ class Budget:
 
     def max_turn_tokens(self, episode: Episode, used: int) -> int:
         allowance = self.allowance(episode, used)
-        if allowance is None:  # whatever the context still holds
-            return self.policy.context_length - used
+        if allowance is None:  # whatever the context still holds, if the last turn left anything
+            last = episode.turns[-1:] if self.args.drop_thoughts else []
+            full = any(len(turn.prompt_ids + turn.token_ids) >= self.policy.context_length
+                       for turn in last)
+            return 0 if full else self.policy.context_length - used
         return allowance + len(self.mark) + self.args.max_turn_tokens
 
     def force(self, episode: Episode, used: int, token_ids: list[int]) -> list[int]:
-        return forced_tokens(token_ids, self.allowance(episode, used), self.args.max_turn_tokens,
-                             self.mark, self.policy.end_id)
+        put_in = forced_tokens(token_ids, self.allowance(episode, used),
+                               self.args.max_turn_tokens, self.mark, self.policy.end_id)
+        room = self.max_turn_tokens(episode, used) - len(token_ids)
+        return put_in if len(put_in) <= room else []  # without room the turn is over anyway
 
     def thought_length(self, turn: Turn) -> int:
         """Sampled tokens of the thought, its end included if it was sampled."""
@@ -392,6 +398,8 @@ class Budget:
                          e.info.get("at_limit", False), e.info.get("extended", False)])
         turns, rows = (all_gather(torch.tensor(x, dtype=torch.double).reshape(-1, n))
                        for x, n in ((turns, 6), (rows, 8)))
+        if not len(turns):
+            stop(f"no prompt leaves room to answer in a context of {self.policy.context_length}")
         thought, action, observation, closed, invalid, closed_invalid = turns.mean(0).tolist()
         success, tokens, _, history, share, done, at_limit, extended = rows.mean(0).tolist()
         markup = len(self.policy.tail) + len(self.policy.between)

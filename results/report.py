@@ -207,10 +207,15 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
             iterations = sorted({int(row["iteration"]) for row in of_arm})
             values = np.array([[float(row[metric]) for row in of_arm
                                 if int(row["iteration"]) == i] for i in iterations])
-            axis.plot(iterations, values, f"C{color}", linewidth=0.6, alpha=0.5)
-            axis.plot(iterations, values.mean(1), f"C{color}o-", markersize=3,
+            x = iterations
+            if algo in CURVES:  # arms differ in tokens per iteration
+                x = [np.mean([float(row["generated_tokens"]) / 1000 for row in of_arm
+                              if int(row["iteration"]) == i]) for i in iterations]
+            axis.plot(x, values, f"C{color}", linewidth=0.6, alpha=0.5)
+            axis.plot(x, values.mean(1), f"C{color}o-", markersize=3,
                       label=arm.split("_", 1)[1])
-        axis.set(title=title, xlabel="iteration", ylabel=f"held-out {metric}")
+        axis.set(title=title, ylabel=f"held-out {metric}",
+                 xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
         if metric == "success":
             axis.set_ylim(0, 1)
         axis.legend(title="mean (thin: each seed)", fontsize=8, title_fontsize=8)
