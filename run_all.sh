@@ -57,7 +57,7 @@ run turn_budget think_episode --cap episode
 run turn_budget think_turn_drop --drop-thoughts
 run turn_budget think_none_drop --cap none --drop-thoughts
 turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --cap none --reminder
-       --start-percentile 25 --end-percentile 50 --warm-start-steps 300 --num-iterations 30)
+       --start-percentile 25 --end-percentile 50 --num-iterations 30)
 run turn_budget limit_none "${turns[@]}"
 run turn_budget limit_fixed "${turns[@]}" --turn-limit fixed
 run turn_budget limit_dynamic "${turns[@]}" --turn-limit dynamic
