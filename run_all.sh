@@ -56,8 +56,8 @@ run turn_budget think_none --cap none
 run turn_budget think_episode --cap episode
 run turn_budget think_turn_drop --drop-thoughts
 run turn_budget think_none_drop --cap none --drop-thoughts
-turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --cap none --reminder
-       --start-percentile 25 --end-percentile 50 --num-iterations 30)
+turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --reminder
+       --start-percentile 25 --end-percentile 50 --num-iterations 24 --eval-every 8)
 run turn_budget limit_none "${turns[@]}"
 run turn_budget limit_fixed "${turns[@]}" --turn-limit fixed
 run turn_budget limit_dynamic "${turns[@]}" --turn-limit dynamic
