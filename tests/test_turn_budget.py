@@ -702,19 +702,21 @@ def test_an_extension_that_nobody_sees_is_the_longer_limit(leaning):
     assert seen[0] != seen[1] != fixed[1]
 
 
+@pytest.mark.parametrize("reserve", [0, 7])
 @pytest.mark.parametrize("cap", CAPS)
-def test_a_turn_that_never_ends_stays_inside_the_context(searcher, monkeypatch, cap):
-    """Nothing but "page": the thought is closed where the action still fits, and then cut."""
+def test_a_turn_that_never_ends_stays_inside_the_context(searcher, monkeypatch, cap, reserve):
+    """Nothing but "page", 8 tokens of prompt: 40 - 8 - 1 (mark) - 3 (action) - reserve are thought."""
     [word] = searcher.encode("page")
 
     def stubborn(logits, temperature, uniforms):
         return torch.full((len(logits),), word), torch.full((len(logits),), -0.5)
     monkeypatch.setattr("utils.sample_tokens", stubborn)
-    budget, args = budget_for(searcher, cap=cap, context_limit=40, thought_cap=100, max_turns=3)
+    budget, args = budget_for(searcher, cap=cap, context_limit=40, thought_cap=100, max_turns=3, final_reserve=reserve)
     [episode] = play(searcher, budget, args, [ThinkSearch(max_hops=3, min_hops=3, max_turns=5)], [0])
     assert episode.overflowed and len(episode.turns) == 1
-    assert sum(token == word for token in episode.turns[0].token_ids) >= 30
-    assert len(episode.row()) <= 40
+    [turn] = episode.turns
+    assert len(turn.prompt_ids) == 8 and len(episode.row()) == 40 - reserve * (cap != "none")
+    assert budget.thought_length(turn) == (32 if cap == "none" else 28 - reserve)
 
 
 @pytest.mark.parametrize("drop", [False, True])
