@@ -374,14 +374,14 @@ def main(args: Args) -> dict[str, float]:
     if args.group_size < 2:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
     with Run(args, "ufo") as run:
+        if "submitted" not in start_episodes(run.eval_envs[:1], [0])[0].start_info:
+            stop(f"--env-id {args.env_id}: UFO needs to know what was answered, and the "
+                 "environment has no info['submitted']")
         training, playing = (dataclasses.replace(args, max_turns=answers, env_kwargs=json.dumps(
             json.loads(args.env_kwargs) | {"max_answers": answers, "feedback": args.feedback}))
             for answers in (args.max_turns, args.eval_turns))
         num_episodes = args.num_prompts * args.group_size  # E over all processes
         envs = make_envs(training, num_episodes // world_size())
-        if "submitted" not in start_episodes(envs[:1], [0])[0].start_info:
-            stop(f"--env-id {args.env_id}: UFO needs to know what was answered, and the "
-                 "environment has no info['submitted']")
         run.eval_envs = make_envs(playing, len(run.eval_envs), evaluation=True)
         policy = load_policy(playing)
         reference = copy.deepcopy(policy) if args.kl_coefficient or args.kl_in_reward else None
@@ -461,7 +461,7 @@ def main(args: Args) -> dict[str, float]:
             if critic is not None:
                 error = all_gather((batch["returns"] - batch["values"])[mask]).var()
                 spread = all_gather(batch["returns"][mask]).var()
-                metrics["explained_variance"] = (1 - error / spread.clamp(min=1e-8)).item()
+                metrics["explained_variance"] = (1 - error / spread).item() if spread > 0 else 0.0
             if updates:
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
             run.log(iteration, episodes, metrics)

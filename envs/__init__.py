@@ -14,7 +14,6 @@ gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
 
 def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
     """Make a text environment from any gymnasium id ("turnrl/Snake-v0", "Taxi-v4", "module:Id-v0").
-gym.register("turnrl/ThinkSearch-v0", entry_point="envs.think_search:ThinkSearch")
 
     `evaluation` adds the environment's own `evaluation_kwargs` (training penalties off). A game of
     gymnasium's toy_text family is wrapped into text; another environment that does not speak text

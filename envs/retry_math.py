@@ -45,6 +45,7 @@ class RetryMath(TextEnv):
                  show_answers_left: bool = False, format_penalty: float = 0.1,
                  render_mode: str | None = None):
         super().__init__(render_mode)
+        levels = str(levels)
         if not levels or set(levels) - set("12345"):
             raise ValueError(f"levels {levels!r}: digits out of 12345")
         if feedback not in ("unary", "unary-reward", "blank"):
