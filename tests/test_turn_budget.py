@@ -989,6 +989,7 @@ def test_a_run_trains_on_what_a_slow_loop_says(tmp_path, recorded, option, divid
     [_, row] = table(tmp_path)
     assert row["generated_tokens"] == sum(tokens.values()) == sum(t.num_sampled for e in episodes for t in e.turns)
     assert row["score"] == pytest.approx(np.mean([slow_scores(e, so, option) for e in episodes]), abs=1e-4)
+    assert row["train_tokens_per_turn"] == pytest.approx(np.mean([t.num_sampled for e in episodes for t in e.turns]))
     assert row["optimizer_steps"] == 2 * epochs and row["groups_without_signal"] == silent / 4
     assert (row["kl_policy_ref_k3"] > 1e-7) == (kl > 0) and abs(row["loss"]) < 5
 
