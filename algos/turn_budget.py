@@ -83,7 +83,7 @@ class Args(RunArgs):
     reminder: bool = False  # every observation ends with the turns left
     reward_option: RewardOption = "none"  # what a length earns, Eq. 6
     coefficient: float = 0.01  # of the reward option
-    target_tokens: int = 16  # free length: of a thought (window, overrun), else of an episode
+    target_tokens: int = 16  # of a thought (window: most, overrun: free), else of an episode
     divide_by_turns: bool = False  # share an episode's advantage out over its turns, Eq. 7
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 9
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 9
@@ -439,6 +439,8 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
 def main(args: Args) -> dict[str, float]:
     if args.group_size < 2:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
+    if max(args.start_percentile, args.end_percentile) > 100:
+        stop("--start-percentile and --end-percentile are at most 100")
     with Run(args, "turn_budget") as run:
         num_episodes = args.num_prompts * args.group_size  # E over all processes
 

@@ -454,7 +454,7 @@ def game(request, searcher_parts):
     kind, cap, drop = request.param
     if kind == "words":
         policy = lean(Policy(*searcher_parts, "cpu"), Policy(*searcher_parts, "cpu").encode(" so"), 3.6)
-        return Game(policy, [Words(max_turns=9) for _ in range(9)], cap=cap, drop_thoughts=drop, max_turns=8,
+        return Game(policy, [Words(max_turns=9) for _ in range(7)], cap=cap, drop_thoughts=drop, max_turns=8,
                     context_limit=100, thought_cap=2 if cap == "episode" else 6)
     tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
     policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", "Play well.")
@@ -569,11 +569,10 @@ def test_the_first_step_is_plain_policy_gradient_over_all_sampled_tokens(game):
     (-(batch["advantages"] * logprobs + 0.01 * entropy)[mask].mean()).backward()
     plain = torch.cat([p.grad.flatten() for p in game.policy.model.parameters()])
     game.policy.model.zero_grad()
-    for tokens in (10**6, 300):
-        metrics, gradient = run_update(game.policy, batch, entropy_coefficient=0.01, micro_batch_tokens=tokens)
-        assert torch.allclose(gradient, plain, rtol=1e-3, atol=1e-5)
-        assert metrics["approx_kl"] == pytest.approx(0, abs=1e-5) and metrics["clip_fraction"] == 0
-        assert metrics["entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-3)
+    metrics, gradient = run_update(game.policy, batch, entropy_coefficient=0.01, micro_batch_tokens=300)
+    assert torch.allclose(gradient, plain, rtol=1e-3, atol=1e-5)
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-5) and metrics["clip_fraction"] == 0
+    assert metrics["entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-3)
 
 
 def test_the_environment_hears_the_decoded_turn(game):
@@ -604,7 +603,7 @@ def test_a_later_turn_sees_actions_and_only_without_dropping_thoughts(game):
 
 
 def test_an_episode_does_not_depend_on_its_company(game):
-    for company in ([2], [4, 2, 1, 6]):
+    for company in ([2], [4, 2]):
         envs = [game.envs[i] for i in company]
         rngs = [streams(1, first=i)[0] for i in company]
         again = play(game.policy, game.budget, game.args, envs, company, rngs)
@@ -712,9 +711,11 @@ def test_a_turn_that_never_ends_stays_inside_the_context(searcher, monkeypatch, 
         return torch.full((len(logits),), word), torch.full((len(logits),), -0.5)
     monkeypatch.setattr("utils.sample_tokens", stubborn)
     budget, args = budget_for(searcher, cap=cap, context_limit=40, thought_cap=100, max_turns=3, final_reserve=reserve)
-    [episode] = play(searcher, budget, args, [ThinkSearch(max_hops=3, min_hops=3, max_turns=5)], [0])
+    envs = [ThinkSearch(max_hops=3, min_hops=3, max_turns=5), Words(max_turns=9)]
+    episode, longer = play(searcher, budget, args, envs, [0, 123456789])
     assert episode.overflowed and len(episode.turns) == 1
     [turn] = episode.turns
+    assert len(longer.turns[0].prompt_ids) > 12 and len(longer.turns) == 1 and len(longer.row()) == len(episode.row())
     assert len(turn.prompt_ids) == 8 and len(episode.row()) == 40 - reserve * (cap != "none")
     assert budget.thought_length(turn) == (32 if cap == "none" else 28 - reserve)
 
@@ -769,7 +770,7 @@ class Mind:
         return [self.policy.end_id if w == "<end>" else self.policy.encode(f" {w}")[0] for w in words]
 
 
-def minds(searcher, monkeypatch, passes, context=80, episodes=60, **flags):
+def minds(searcher, monkeypatch, passes, context=80, episodes=40, **flags):
     """Success, right hops and turns, means over episodes."""
     monkeypatch.setattr("utils.Decoder", Mind)
     monkeypatch.setattr(Mind, "passes", passes)
@@ -787,14 +788,14 @@ def minds(searcher, monkeypatch, passes, context=80, episodes=60, **flags):
     (4, {"cap": "episode", "thought_cap": 8}, 0.04, 2.24), (4, {"cap": "none", "drop_thoughts": True}, 1, 4),
     (4, {"cap": "turn", "thought_cap": 3, "drop_thoughts": True}, 1, 4)])
 def test_who_finishes_in_a_context_of_80(searcher, monkeypatch, passes, flags, success, hops):
-    """The same sums as with words counted by hand: a word is a token. 60 episodes, 4 sigma.
+    """The same sums as with words counted by hand: a word is a token. 40 episodes, 4 sigma.
 
     Guesses at every hop: .2 + .04 + .008 + .0016 right hops. A pot of 32 is spent after two turns.
     """
     got, right, *_ = minds(searcher, monkeypatch, passes, **flags)
     exact = success in (0, 1)
-    assert got == success if exact and passes else abs(got - success) < 4 * (0.16 / 60) ** 0.5
-    assert right == hops if exact and passes and hops > 1 else abs(right - hops) < 4 * (0.4 / 60) ** 0.5
+    assert got == success if exact and passes else abs(got - success) < 4 * (0.16 / 40) ** 0.5
+    assert right == hops if exact and passes and hops > 1 else abs(right - hops) < 4 * (0.4 / 40) ** 0.5
 
 
 @pytest.mark.parametrize("passes,enough", [(1, 57), (2, 73), (3, 89), (4, 105)])
