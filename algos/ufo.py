@@ -32,7 +32,7 @@ Deviations and choices
     D5  Two optimizer steps per batch; one without any signal is skipped.
     D6  n counts from 0: a right first answer earns 1 (the paper's ablation counts from 1).
 
-    python algos/ufo.py        about 3 minutes on 2 CPU cores
+    python algos/ufo.py        about 2.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
