@@ -9,6 +9,7 @@ gym.register("turnrl/RetryMath-v0", entry_point="envs.retry_math:RetryMath")
 gym.register("turnrl/SearchQA-v0", entry_point="envs.search_qa:SearchQA")
 gym.register("turnrl/Snake-v0", entry_point="envs.snake:Snake")
 gym.register("turnrl/ThinkSearch-v0", entry_point="envs.think_search:ThinkSearch")
+gym.register("turnrl/ToolDesk-v0", entry_point="envs.tool_desk:ToolDesk")
 gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
 
 

@@ -1,0 +1,452 @@
+"""ST-PPO: one clipped ratio per turn, and gradients divided by what the clipping took from them.
+
+Paper: "ST-PPO: Stabilized Off-Policy Proximal Policy Optimization for Multi-Turn Agents Training",
+arXiv 2511.20718v1 (v2 has another title). Its abstracts and three public reviews that quote
+equations 7 and 8 were read; the body and the code were not available. A reconstruction.
+
+    Eq. 1  w_t = exp(l_t)                            l_t = log pi(token t) - log pi_old(token t)
+    Eq. 2  w_k = exp(mean of l_t over the tokens of turn k), the same for all of them          [4]
+    Eq. 3  J = mean_e mean_t min(w A_t, clip(w, 1 - epsilon, 1 + epsilon) A_t)
+    Eq. 4  a token binds if A_t > 0 and w > 1 + epsilon, or A_t < 0 and w < 1 - epsilon
+    Eq. 5  C = grad mean_e mean_t [binds] w A_t      the clip bias, a vector like the gradient
+    Eq. 6  grad J = (grad of mean_e mean_t w A_t) - C                                [lemma 4.2]
+    Eq. 7  step along s grad J, s = 1 / max(1, |C|) if any token binds, else 1  (s_ppo, st_ppo)
+    Eq. 8  A_t = R_t + discount V_{t+} - V_t + discount gae_lambda A_{t+}, whitened over the batch
+    Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
+
+    --variant      ppo: Eq. 1     turn_ppo: Eq. 2     s_ppo: Eq. 1 and 7     st_ppo: Eq. 2 and 7
+
+    l  log_ratio (B, T)    w  exp(pooled_log_ratio)    V  values (B, T)    V_target = A + V
+    C  clip_bias           t+ the next sampled token; its value is skipped over observations
+    [n] equation of the paper
+
+Changed from ufo.py (--advantage gae)
+    - an environment's own rewards, each at the last token of its turn
+    - the ratio may be that of a turn, and the gradient is scaled (Eq. 2, 7)
+    - batches may be used many times and late: --num-epochs, --num-minibatches, --staleness
+
+Deviations and choices
+    D1  Eq. 7 where nothing binds, and |C| < 1: open in the sources. --clip-bias-scale triggered
+        (1 / |C|), literal (1 / (|C| + 1e-8) always), relative (1 / (1 + |C| / |grad J + C|)).
+    D2  Adam largely undoes a constant factor on the gradient: --scale-target step puts s on the
+        learning rate of that step instead.
+    D3  Eq. 2 is the geometric mean; --turn-ratio has the other readings.
+    D4  A time limit ends the task by default (V = 0 after it); --bootstrap-truncated adds the
+        critic's value of going on. No KL and no entropy term.
+    D5  The mean over episodes in all variants (--aggregation token_mean: that of public PPO code).
+
+    python algos/st_ppo.py        about MINUTES minutes on 2 CPU cores
+"""
+
+# === 1. Imports ==================================================================================
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
+from envs.episodes import Episode, Turn
+from run_folder import Run
+from utils import (
+    DRAW, Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
+    load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, select_rows, stop,
+    token_logprobs, turn_table, world_size,
+)
+
+TurnRatio = Literal["geometric", "arithmetic", "product", "geometric_stop_gradient"]
+
+
+# === 2. Args =====================================================================================
+@dataclasses.dataclass
+class Args(RunArgs):
+    env_id: str = "turnrl/ToolDesk-v0"  # gymnasium id; module:Id-v0 imports the module first
+    num_prompts: int = 64  # environment seeds per iteration
+    group_size: int = 1  # episodes that start from the same seed (none are compared here)
+    learning_rate: float = 3e-4  # of AdamW, constant
+    num_iterations: int = 40  # iterations of: collect episodes, update
+    max_turn_tokens: int = 6  # tokens the policy may sample in one turn
+
+    # Algorithm specific arguments
+    variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # Eq. 1 or 2, with 7 or not
+    turn_ratio: TurnRatio = "geometric"  # Eq. 2 of turn_ppo and st_ppo, or another pooling
+    clip_epsilon: float = 0.2  # clipping of the ratio to both sides, Eq. 3
+    clip_bias_scale: Literal["at_most_one", "triggered", "literal", "relative"] = "at_most_one"  # s
+    scale_target: Literal["gradient", "step"] = "gradient"  # s on the gradient or learning rate
+    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"  # Eq. 3
+    discount: float = 1.0  # per sampled token, Eq. 8
+    gae_lambda: float = 1.0  # Eq. 8
+    bootstrap_truncated: bool = False  # add the value of going on where a time limit cut
+    critic_learning_rate: float = 1e-3  # of the critic's AdamW
+    num_epochs: int = 1  # passes over a batch, each in new random minibatches
+    num_minibatches: int = 2  # optimizer steps per pass
+    target_kl: float | None = None  # stop the passes over a batch above this approx_kl; default off
+    staleness: int = 0  # train on the batch of so many iterations ago
+
+
+VALUE_CLIP = 0.5  # in Eq. 9
+
+
+# === 3. Advantages ===============================================================================
+@torch.no_grad()
+def place_turn_rewards(turn_rewards: Tensor, turn_id: Tensor) -> Tensor:
+    """R_t: the reward of every turn on its last sampled token. Eq. 8
+
+    turn_rewards (B, K), turn_id (B, T) -> (B, T), 0 where turn_id is -1. A turn without a sampled
+    token gives its reward to the sampled token before it.
+    """
+    mask, width = turn_id >= 0, turn_rewards.shape[1]
+    later = torch.where(mask, turn_id, width).flip(1).cummin(1).values.flip(1)  # (B, T)
+    following = torch.nn.functional.pad(later[:, 1:], (0, 1), value=width)  # next token's turn
+    totals = torch.nn.functional.pad(turn_rewards.cumsum(1), (1, 0))  # (B, K + 1)
+    rewards = totals.gather(1, following) - totals.gather(1, turn_id.clamp(min=0))
+    return torch.where(mask, rewards, 0.0)
+
+
+@torch.no_grad()
+def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0,
+                   gae_lambda: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates over the sampled tokens only, and what V should be. Eq. 8
+
+    rewards, values (B, T), mask (B, T) bool -> two (B, T), 0 off the mask
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        advantages[:, t] = torch.where(here, delta + discount * gae_lambda * next_advantage, 0.0)
+        next_value = torch.where(here, values[:, t], next_value)  # what was not sampled is skipped
+        next_advantage = torch.where(here, advantages[:, t], next_advantage)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+@torch.no_grad()
+def whiten(advantages: Tensor) -> Tensor:
+    """Mean 0 and (unbiased) variance 1 over all sampled tokens of the batch. After Eq. 8
+
+    advantages (N,) of the sampled tokens -> (N,); a single one becomes 0
+    """
+    centred = advantages - advantages.mean()
+    variance = advantages.var(correction=1) if len(advantages) > 1 else torch.ones(())
+    return centred / (variance + 1e-8).sqrt()
+
+
+# === 4. Loss =====================================================================================
+def pooled_log_ratio(log_ratio: Tensor, turn_id: Tensor, pooling: str) -> Tensor:
+    """The logarithm of the ratio w that every token is weighted with. Eq. 1, 2
+
+    log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1. token: its own; geometric,
+    arithmetic: mean over its turn of l, or of exp(l); product: sum of l; geometric_stop_gradient:
+    the value of geometric with the gradient of token.
+    """
+    log_ratio = torch.where(turn_id >= 0, log_ratio, 0.0).clamp(-20, 20)
+    if pooling == "token":
+        return log_ratio
+    if pooling == "geometric_stop_gradient":
+        geometric = pooled_log_ratio(log_ratio, turn_id, "geometric").detach()
+        return geometric + log_ratio - log_ratio.detach()
+    index = turn_id + 1  # column 0 takes what was not sampled
+    zeros = log_ratio.new_zeros(len(index), int(index.max()) + 1)  # (B, K + 1)
+    terms = log_ratio.exp() if pooling == "arithmetic" else log_ratio
+    pooled = zeros.scatter_add(1, index, terms)
+    if pooling != "product":
+        pooled = pooled / zeros.scatter_add(1, index, torch.ones_like(terms)).clamp(min=1)
+    pooled = pooled.gather(1, index)
+    return torch.where(turn_id >= 0, pooled.log() if pooling == "arithmetic" else pooled, 0.0)
+
+
+def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
+                      dual_clip: float | None = None) -> Tensor:
+    """The clipped surrogate of every token, to be maximised. Eq. 3
+
+    log_ratio (B, T) = new - old log-probs, advantages (B, T) -> (B, T)
+    """
+    ratio = log_ratio.clamp(-20, 20).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        bounded = torch.maximum(objective, dual_clip * advantages)
+        objective = torch.where(advantages < 0, bounded, objective)
+    return objective
+
+
+@torch.no_grad()
+def binding_clip(log_ratio: Tensor, advantages: Tensor, clip_low: float,
+                 clip_high: float) -> Tensor:
+    """Where the clipping stops the gradient; never where the advantage is 0. Eq. 4
+
+    log_ratio, advantages (B, T) -> (B, T) bool
+    """
+    return ((advantages > 0) & (log_ratio > np.log1p(clip_high))) | (
+        (advantages < 0) & (log_ratio < np.log1p(-clip_low)))
+
+
+@torch.no_grad()
+def loss_weights(turn_id: Tensor, aggregation: str) -> tuple[Tensor, Tensor]:
+    """Weight of every token in Eq. 3, and what the weighted sum is divided by.
+
+    turn_id (B, T), a row per episode -> (B, T), (). token_mean: all tokens alike; sequence_mean:
+    mean over a row's tokens, then over rows; sequence_sum: sum over a row's, mean over rows
+    """
+    mask = turn_id >= 0
+    if aggregation == "token_mean":
+        return mask.float(), mask.sum()
+    tokens = mask.sum(1, keepdim=True).clamp(min=1) if aggregation == "sequence_mean" else 1
+    return mask / tokens, mask.any(1).sum()
+
+
+def surrogate_and_clip_bias(log_ratio: Tensor, advantages: Tensor, weights: Tensor,
+                            clip_epsilon: float) -> tuple[Tensor, Tensor]:
+    """J, and the scalar whose gradient is the clip bias C. Eq. 3, 5
+
+    log_ratio (pooled), advantages, weights (B, T) -> two scalars; Eq. 6 holds for their gradients
+    """
+    binding = binding_clip(log_ratio, advantages, clip_epsilon, clip_epsilon)
+    objective = clipped_objective(log_ratio, advantages, clip_epsilon, clip_epsilon)
+    removed = torch.where(binding, log_ratio.clamp(-20, 20).exp() * advantages, 0.0)
+    return (weights * objective).sum(), (weights * removed).sum()
+
+
+def clip_bias_scale(clip_bias_norm: float, full_gradient_norm: float, any_binding: bool,
+                    mode: str = "at_most_one") -> float:
+    """The factor s of an optimizer step, from the norms of C and of grad J + C. Eq. 7, D1"""
+    if mode == "literal":
+        return 1 / (clip_bias_norm + 1e-8)
+    if not any_binding or clip_bias_norm == 0:
+        return 1.0
+    return {"at_most_one": 1 / max(1.0, clip_bias_norm), "triggered": 1 / clip_bias_norm,
+            "relative": full_gradient_norm / (full_gradient_norm + clip_bias_norm)}[mode]
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor,
+               value_clip: float = VALUE_CLIP) -> Tensor:
+    """Half the squared error, the larger of clipped and unclipped values. Eq. 9
+
+    values, old_values, returns, weights (B, T) -> scalar; weights sum to 1 over the step
+    """
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * (weights * errors).sum()
+
+
+# === 5. The critic, the queue and the metrics ====================================================
+class Critic(torch.nn.Module):
+    """A copy of the policy's network with a number instead of token scores at its end."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy, self.trunk = policy, copy.deepcopy(policy.model.base_model)
+        self.head = torch.nn.Linear(policy.model.config.hidden_size, 1, device=policy.device)
+        torch.nn.init.zeros_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The value (B, T) before every sampled token, from what stands before it; 0 elsewhere."""
+        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.policy.bf16):
+            hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state  # (B, T, D)
+            before = self.head(hidden[:, :-1])[:, :, 0].float()  # (B, T - 1)
+        values = torch.nn.functional.pad(before, (1, 0))
+        return torch.where(batch["turn_id"] >= 0, values, 0.0)
+
+
+@torch.no_grad()
+def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor:
+    """The critic's values of a batch of any size, without gradient: (B, T)."""
+    values = torch.zeros_like(batch["old_logprobs"])
+    numbered = batch | {"row": torch.arange(len(values), device=values.device)}
+    for part in micro_batches(numbered, args.micro_batch_tokens):
+        values[part["row"], : part["tokens"].shape[1]] = critic(part)
+    return values
+
+def after_truncation(policy: Policy, episodes: list[Episode]) -> list[Episode]:
+    """For every episode a row that ends in one made-up token after the prompt of its next turn.
+
+    The critic's value there is what going on is worth. An episode that was not truncated gets
+    the token alone: its value is 0.
+    """
+    rows = []
+    for e in episodes:
+        ids = e.row() + policy.prompt(e, None)[0] if e.truncated else []
+        turn = Turn("", "", prompt_ids=ids[: policy.context_length - 1],
+                    token_ids=[policy.end_id], logprobs=[0.0])
+        rows.append(Episode(e.seed, "", turns=[turn]))
+    return rows
+
+
+class BatchQueue:
+    """The batches not yet trained on, oldest first; part of the checkpoint."""
+
+    def __init__(self):
+        self.batches: list[dict[str, dict[str, Tensor]]] = []
+
+    def state_dict(self) -> dict:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict):
+        self.batches = state["batches"]
+
+
+@torch.no_grad()
+def ratio_sums(log_ratio: Tensor, pooled: Tensor, advantages: Tensor, turn_id: Tensor,
+               clip_epsilon: float) -> dict[str, Tensor]:
+    """Sums over the sampled tokens (turns for the first two) of what is logged about the ratios.
+
+    log_ratio (of the tokens), pooled (log w), advantages, turn_id (B, T) -> name: ()
+    """
+    mask, ratio = turn_id >= 0, pooled.exp()
+    binding = binding_clip(pooled, advantages, clip_epsilon, clip_epsilon)
+    turns = torch.zeros(2, len(mask), int(turn_id.max()) + 2, device=mask.device)
+    turns = turns.scatter_reduce(2, (turn_id + 1).expand(2, -1, -1),
+                                 torch.stack([mask, binding]).float(), "amax").sum((1, 2))
+    out_of_range = (pooled > np.log1p(clip_epsilon)) | (pooled < np.log1p(-clip_epsilon))
+    values = {"clip_fraction": binding, "out_of_range": out_of_range, "approx_kl_k1": -log_ratio,
+              "approx_kl": log_ratio.exp() - 1 - log_ratio, "ratio": ratio,
+              "ratio_squared": ratio**2}
+    return {"turns": turns[0], "clip_fraction_turn": turns[1], "tokens": mask.sum()} | {
+        name: torch.where(mask, value, 0.0).sum() for name, value in values.items()}
+
+
+# === 6. Update ===================================================================================
+def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
+           critic_optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
+           args: Args) -> dict[str, float]:
+    """One optimizer step of the policy and one of the critic on one minibatch."""
+    mask = batch["turn_id"] >= 0
+    weights, count = loss_weights(batch["turn_id"], args.aggregation)
+    batch["weights"] = weights / all_reduce_sum(count).clamp(min=1)  # the only normalisation
+    batch["value_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)
+    pooling = args.turn_ratio if args.variant in ("turn_ppo", "st_ppo") else "token"
+    parameters = list(policy.model.parameters())
+    gradient, clip_bias = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
+    sums, largest = {}, 0.0
+    for rows in micro_batches(batch, args.micro_batch_tokens):
+        logprobs, entropy = token_logprobs(policy, rows, args.temperature)
+        log_ratio = logprobs - rows["old_logprobs"]
+        pooled = pooled_log_ratio(log_ratio, rows["turn_id"], pooling)
+        objective, removed = surrogate_and_clip_bias(pooled, rows["advantages"], rows["weights"],
+                                                     args.clip_epsilon)
+        stats = ratio_sums(log_ratio, pooled, rows["advantages"], rows["turn_id"],
+                           args.clip_epsilon)
+        if stats["clip_fraction"] > 0:
+            parts = torch.autograd.grad(removed, parameters, retain_graph=True)
+            clip_bias += torch.cat([x.flatten() for x in parts])
+        gradient += torch.cat([x.flatten() for x in torch.autograd.grad(objective, parameters)])
+        error = value_loss(critic(rows), rows["values"], rows["returns"], rows["value_weights"])
+        error.backward()
+        stats |= {"loss": -objective.detach(), "value_loss": error.detach(),
+                  "entropy": entropy.sum().detach()}
+        sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
+        largest = max(largest, log_ratio.abs().max().item())
+    totals = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values())).double()).tolist(),
+                      strict=True))
+    gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # then the norms
+    bias_norm, full_norm = clip_bias.norm().item(), (gradient + clip_bias).norm().item()
+    scale = 1.0
+    if args.variant in ("s_ppo", "st_ppo"):
+        scale = clip_bias_scale(bias_norm, full_norm, totals["clip_fraction"] > 0,
+                                args.clip_bias_scale)
+    optimizer.param_groups[0]["lr"] = args.learning_rate * (
+        scale if args.scale_target == "step" else 1)
+    gradient *= -(scale if args.scale_target == "gradient" else 1)
+    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+    optimizer_step(critic, critic_optimizer, args.max_grad_norm)
+    norm = optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
+    tokens, ratios = totals.pop("tokens"), (totals.pop("ratio"), totals.pop("ratio_squared"))
+    turns, loss, error = totals.pop("turns"), totals.pop("loss"), totals.pop("value_loss")
+    return {"loss": loss, "value_loss": error,
+            "clip_fraction_turn": totals.pop("clip_fraction_turn") / turns,
+            **{name: total / tokens for name, total in totals.items()},
+            "effective_sample_size": ratios[0] ** 2 / (tokens * ratios[1]),
+            "log_ratio_max": largest, "clip_bias_norm": bias_norm, "full_gradient_norm": full_norm,
+            "clip_bias_share": bias_norm / max(bias_norm + full_norm, 1e-12),
+            "gradient_scale": scale, "scaled_steps": float(scale != 1), "grad_norm": norm,
+            "grad_clipped": float(norm > args.max_grad_norm)}
+
+
+# === 7. Main =====================================================================================
+def main(args: Args) -> dict[str, float]:
+    if args.staleness and world_size() > 1:
+        stop("--staleness needs a single process: a checkpoint holds one queue of batches")
+    with Run(args, "st_ppo") as run:
+        num_episodes = args.num_prompts * args.group_size  # E over all processes
+        if args.num_minibatches > num_episodes:
+            stop(f"--num-minibatches {args.num_minibatches}: there are {num_episodes} episodes")
+        envs = make_envs(args, num_episodes // world_size())
+        policy = load_policy(args)
+        critic = Critic(policy)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
+        critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
+                                             weight_decay=0)
+        queue = BatchQueue()
+        state = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer,
+                 "queue": queue}
+        run.restore(policy, **state)
+
+        def evaluation():
+            return evaluate(policy, run.eval_envs, args)
+
+        for iteration in run.iterations(policy, evaluation, **state):
+            # 1. collect num_prompts groups of group_size episodes
+            episodes = collect_groups(policy, envs, args, iteration)
+            metrics: dict[str, float] = {}
+
+            # 2. score: the environment's rewards; what was collected waits for its turn
+            rewards, _ = turn_table(episodes, lambda turn: turn.reward, policy.device)
+            waiting = {"batch": collate(episodes, policy.device), "rewards": {"turns": rewards}}
+            if args.bootstrap_truncated:
+                waiting["after"] = collate(after_truncation(policy, episodes), policy.device)
+            queue.batches.append(waiting)
+            updates = []
+            if len(queue.batches) > args.staleness:
+                oldest = queue.batches.pop(0)
+                batch, turn_rewards = oldest["batch"], oldest["rewards"]["turns"]
+                mask, episode_id = batch["turn_id"] >= 0, batch["episode_id"]
+
+                # 3. advantages (B, T)
+                batch["values"] = batch_values(critic, batch, args)
+                if args.bootstrap_truncated:  # after the last turn
+                    final_values = batch_values(critic, oldest["after"], args).sum(1)  # (E,)
+                    turn_rewards = torch.cat(
+                        [turn_rewards, args.discount * final_values[:, None]], dim=1)
+                rewards = place_turn_rewards(turn_rewards[episode_id], batch["turn_id"])
+                advantages, batch["returns"] = gae_advantages(
+                    rewards, batch["values"], mask, args.discount, args.gae_lambda)
+                raw, returns, errors = (all_gather(x[mask]) for x in (
+                    advantages, batch["returns"], batch["returns"] - batch["values"]))
+                shares = all_gather(mask.sum()[None]).tolist()
+                batch["advantages"] = advantages.masked_scatter(
+                    mask, whiten(raw).split(shares)[rank()])
+                metrics = {"advantage_mean": raw.mean().item(), "advantage_std": raw.std().item(),
+                           "return_std": returns.std().item(), "explained_variance":
+                           (1 - errors.var() / returns.var().clamp(min=1e-12)).item()}
+
+                # 4. update; an episode is never split
+                for epoch in range(args.num_epochs):
+                    order = random_stream(args.seed, DRAW, iteration, epoch).permutation(
+                        num_episodes).reshape(world_size(), -1)[rank()]
+                    part = torch.tensor(order % args.num_minibatches, device=policy.device)
+                    for minibatch in range(args.num_minibatches):
+                        rows = select_rows(batch, (part[episode_id] == minibatch).nonzero()[:, 0])
+                        updates.append(update(policy, critic, optimizer, critic_optimizer, rows,
+                                              args))
+                    if args.target_kl and updates[-1]["approx_kl"] > args.target_kl:
+                        break
+
+            # 5. log (evaluation and checkpoints: run.iterations)
+            if updates:
+                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
+                metrics |= {f"{name}_max": max(u[name] for u in updates)
+                            for name in ("clip_bias_norm", "log_ratio_max")}
+                metrics["first_log_ratio_max"] = updates[0]["log_ratio_max"]
+            run.log(iteration, episodes, metrics | {"optimizer_steps": len(updates)})
+        return run.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
