@@ -42,7 +42,7 @@ def check_args(args: RunArgs):
         flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_ZERO else 1
         if type(value) is int and value < least:
             stop(f"{flag} must be at least {least}, got {value}")
-        above_zero = name.endswith(("temperature", "learning_rate", "grad_norm"))
+        above_zero = name.endswith(("temperature", "learning_rate", "grad_norm", "std"))
         low = type(value) is float and (value < 0 or (value == 0 and above_zero))
         if low or (type(value) is float and not math.isfinite(value)):
             stop(f"{flag} must be finite and {'positive' if above_zero else '>= 0'}, got {value}")

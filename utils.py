@@ -56,6 +56,8 @@ class RunArgs:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     micro_batch_tokens: int = 16384  # tokens per forward pass of an update: memory, not results
     warm_start_steps: int = 600  # behaviour cloning steps of the tiny model before training
+    warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
+    tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
     eval_every: int = 10  # iterations between evaluations on held-out seeds
     eval_episodes: int = 256  # held-out seeds per evaluation, one episode each
     eval_temperature: float = 1.0  # sampling temperature of the evaluation
@@ -217,8 +219,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
-NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_LEARNING_RATE = 2048, 64, 1e-3
-WARM_START_TOKENS = 4096
+NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_TOKENS = 2048, 64, 4096
 
 
 def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
@@ -234,8 +235,8 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
         stop(f"--env-id {args.env_id}: {error}; give --model <folder or hub id>")
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
     determined_by = [texts, history_turns, args.seed, args.warm_start_steps, args.max_grad_norm,
-                     WARM_START_ROWS, WARM_START_LEARNING_RATE, TINY_TEMPLATE, torch.__version__,
-                     transformers.__version__]
+                     WARM_START_ROWS, args.warm_start_learning_rate, args.tiny_init_std,
+                     TINY_TEMPLATE, torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
     folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
@@ -272,6 +273,7 @@ def make_tiny(args: RunArgs, texts: list[str]):
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        initializer_range=args.tiny_init_std,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3)
     return transformers.LlamaForCausalLM(config), tokenizer
 
@@ -292,7 +294,8 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_t
     progress = tqdm.trange(args.warm_start_steps, desc="warm start", disable=quiet())
     for step in progress:
         done = step / args.warm_start_steps  # the learning rate goes up, then down to 0
-        optimizer.param_groups[0]["lr"] = WARM_START_LEARNING_RATE * min(10 * done, 1) * (1 - done)
+        rate = args.warm_start_learning_rate * min(10 * done, 1) * (1 - done)
+        optimizer.param_groups[0]["lr"] = rate
         rows = select_rows(batch, rng.integers(len(batch["tokens"]), size=WARM_START_ROWS))
         wide = rows["tokens"].numel() > WARM_START_TOKENS  # then like lengths go together
         loss, count = 0.0, (rows["turn_id"] >= 0).sum()
