@@ -66,7 +66,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-4  # of AdamW, constant
     num_iterations: int = 40  # iterations of: collect episodes, update
     max_turn_tokens: int = 6  # tokens the policy may sample in one turn
-    warm_start_steps: int = 300  # behaviour cloning steps of the tiny model before training
+    warm_start_steps: int = 400  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
 
