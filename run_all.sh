@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
-scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo}
+scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo}
 claims=runs/claims
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -84,6 +84,26 @@ run tree_grpo tree_top10 --keep-top-entropy 0.1
 hopeless='{"regime": "hopeless"}'
 run igpo hopeless_both --env-kwargs "$hopeless"
 run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome
+# ST-PPO: four variants with 2 optimizer steps per batch (A; desk_st_ppo is the default run), with 32 (B),
+# with 32 on batches of two iterations ago (C); other scales and cures (D); how far PPO was pushed (ladder).
+heavy=(--num-epochs 4 --num-minibatches 8)
+for variant in st_ppo s_ppo turn_ppo ppo; do
+    run st_ppo desk_$variant --variant $variant
+done
+for variant in st_ppo s_ppo turn_ppo ppo; do
+    run st_ppo heavy_$variant --variant $variant "${heavy[@]}"
+done
+run st_ppo ladder_1 --variant ppo --num-minibatches 1
+run st_ppo ladder_16 --variant ppo --num-epochs 4 --num-minibatches 4
+for variant in st_ppo s_ppo turn_ppo ppo; do
+    run st_ppo late_$variant --variant $variant "${heavy[@]}" --staleness 2
+done
+run st_ppo heavy_s_triggered --variant s_ppo --clip-bias-scale triggered "${heavy[@]}"
+run st_ppo heavy_s_relative --variant s_ppo --clip-bias-scale relative "${heavy[@]}"
+run st_ppo heavy_s_step --variant s_ppo --scale-target step "${heavy[@]}"
+run st_ppo heavy_small_rate --variant ppo --learning-rate 3e-4 "${heavy[@]}"
+run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
+run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

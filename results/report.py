@@ -44,7 +44,26 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
               ["tree_all", "tree_chains4", "tree_chains6", "tree_intra", "tree_inter"]),
         "B": ("success", "share of tokens kept (trees)",
               ["tree_all", "tree_top50", "tree_top20", "tree_top10", "tree_bottom80"])},
+    "st_ppo": {
+        "A": ("success", "2 steps per batch",
+              ["desk_st_ppo", "desk_s_ppo", "desk_turn_ppo", "desk_ppo"]),
+        "B": ("success", "32 steps per batch",
+              ["heavy_st_ppo", "heavy_s_ppo", "heavy_turn_ppo", "heavy_ppo"]),
+        "C": ("success", "32 steps, batches 2 iterations old",
+              ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"]),
+        "D": ("success", "the scale of s_ppo, and other cures",
+              ["heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step",
+               "heavy_small_rate", "heavy_small_norm", "heavy_target_kl", "heavy_ppo"])},
 }
+DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
+    "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
+               "clip_bias_norm_max", "gradient_scale", "approx_kl", "entropy"]}
+LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
+    "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
+    "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
+                 "late_turn_ppo", "late_s_ppo", "late_st_ppo", "heavy_s_triggered",
+                 "heavy_s_relative", "heavy_s_step", "heavy_small_rate", "heavy_small_norm",
+                 "heavy_target_kl"]}
 CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
     "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
             "eval_distinct_ratio": "distinct answers",
@@ -76,6 +95,11 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                   "kept_share": ("mean", "kept"), "entropy": ("end", "entropy at the end"),
                   "entropy_kept": ("mean", None), "entropy_dropped": ("mean", None),
                   "clip_fraction": ("mean", None)},
+    "st_ppo": {"clip_fraction": ("mean", "clip fraction"),
+               "clip_bias_norm": ("mean", "norm of C"),
+               "scaled_steps": ("mean", "scaled steps"), "gradient_scale": ("mean", None),
+               "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
+               "explained_variance": ("mean", None), "grad_clipped": ("mean", None)},
 }
 
 
@@ -86,7 +110,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def collect(folder: Path, algo: str):
     """Write results/<algo>.csv and <algo>_curves.csv from finished runs, if there are any."""
-    rows, curves = [], []
+    rows, curves, drift = [], [], []
     for summary in sorted(folder.glob(f"{algo}/*/*/summary.json")):
         arm, seed = summary.parents[1].name.rsplit("-", 1)
         metrics = read(summary.parent / "metrics.csv")
@@ -96,6 +120,9 @@ def collect(folder: Path, algo: str):
                            "generated_tokens": row["generated_tokens"] or 0,
                            "success": row["eval_success"], "return": row["eval_return"],
                            **{name: row[name] for name in CURVES.get(algo, ())}})
+        drift += [{"arm": arm, "seed": seed, "iteration": row["iteration"],
+                   **{name: row[name] for name in DIAGNOSTICS[algo]}}
+                  for row in metrics[1:] if algo in DIAGNOSTICS and row["optimizer_steps"] != "0"]
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
         extra = {}
@@ -107,13 +134,64 @@ def collect(folder: Path, algo: str):
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
                      **extra, "commit": versions["commit"][:10]})
-    for name, table in ((algo, rows), (f"{algo}_curves", curves)):
+    for name, table in ((algo, rows), (f"{algo}_curves", curves), (f"{algo}_drift", drift)):
         if table:
             with open(ROOT / f"results/{name}.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, list(table[0]))
                 writer.writeheader()
                 writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x
                                   for name, x in row.items()} for row in table)
+
+
+def is_collapsed(success: np.ndarray) -> bool:
+    """Whether the last three evaluations of a run are, in the mean, less than half of the best
+    three in a row, or more than 0.1 below the first evaluation."""
+    means = np.convolve(success, np.ones(3) / 3, "valid")
+    return bool(means[-1] < 0.5 * means.max() or means[-1] < success[0] - 0.1)
+
+
+def collapse_table(algo: str, arms: list[str]) -> str:
+    """Best and last success of every arm, how many seeds collapsed, and what the updates were."""
+    curves, drift = (read(ROOT / f"results/{algo}_{name}.csv") for name in ("curves", "drift"))
+    heads = {"clip_fraction": "clip fraction", "clip_fraction_turn": "of turns",
+             "clip_bias_norm": "norm of C", "clip_bias_norm_max": "its maximum",
+             "gradient_scale": "scale s", "approx_kl": "approx. KL", "entropy": "entropy"}
+    lines = ["| arm | collapsed | best 3 evaluations | last 3 | " + " | ".join(heads.values())
+             + " |", "|---" * (4 + len(heads)) + "|"]
+    for arm in arms:
+        seeds = sorted({row["seed"] for row in curves if row["arm"] == arm}, key=int)
+        runs = [np.array([float(row["success"]) for row in curves
+                          if row["arm"] == arm and row["seed"] == seed]) for seed in seeds]
+        best = [np.convolve(run, np.ones(3) / 3, "valid").max() for run in runs]
+        of_arm = [row for row in drift if row["arm"] == arm]
+        cells = [f"`{arm}`", f"{sum(map(is_collapsed, runs))} of {len(runs)}",
+                 f"{np.mean(best):.2f}", f"{np.mean([run[-3:].mean() for run in runs]):.2f}"]
+        for name in heads:
+            values = [float(row[name]) for row in of_arm]
+            cells.append(f"{np.max(values) if name.endswith('max') else np.mean(values):.3g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def drift_figure(algo: str, arms: list[str]):
+    """What the updates did over the iterations, mean over the seeds."""
+    drift = read(ROOT / f"results/{algo}_drift.csv")
+    heads = {"train_success": "training success", "clip_fraction": "clip fraction",
+             "clip_bias_norm": "norm of the clip bias C", "entropy": "entropy, nats"}
+    figure = Figure((4 * len(heads), 3.4), layout="constrained")
+    for axis, (name, head) in zip(figure.subplots(1, len(heads)), heads.items(), strict=True):
+        for color, arm in enumerate(arms):
+            of_arm = [row for row in drift if row["arm"] == arm]
+            iterations = sorted({int(row["iteration"]) for row in of_arm})
+            values = np.array([[float(row[name]) for row in of_arm if int(row["iteration"]) == i]
+                               for i in iterations])
+            axis.plot(iterations, values, f"C{color}", linewidth=0.5, alpha=0.4)
+            axis.plot(iterations, values.mean(1), f"C{color}", label=arm.split("_", 1)[1])
+        axis.set(title=head, xlabel="iteration")
+        if name == "clip_bias_norm":
+            axis.set_yscale("symlog", linthresh=0.1)
+    axis.legend(title="mean (thin: each seed)", fontsize=8, title_fontsize=8)
+    figure.savefig(ROOT / f"docs/figures/{algo}_drift.png", dpi=120)
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:
@@ -239,7 +317,8 @@ def readme_table() -> str:
                                    ("ufo", "retry_turns5", "retry math (default)"),
                                    ("turn_budget", "think_turn", "think search (default)"),
                                    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
-                                   ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)")]:
+                                   ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
+                                   ("st_ppo", "desk_st_ppo", "tool desk (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")
         cells = [f"[`{algo}`](docs/{algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
@@ -292,6 +371,9 @@ if __name__ == "__main__":
             if algo in CURVES:
                 replace_block(page, f"{claim} at equal tokens", equal_tokens_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
+    for name, arms in LADDERS.items():
+        replace_block(ROOT / "docs/st_ppo.md", name, collapse_table("st_ppo", arms))
+    drift_figure("st_ppo", CLAIMS["st_ppo"]["B"][2])
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "README.md", "results", readme_table())
