@@ -346,6 +346,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
                   "entropy": entropy.sum().detach()}
         sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         largest = max(largest, log_ratio.abs().max().item())
+    largest = all_gather(torch.tensor([largest])).max().item()
     totals = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values())).double()).tolist(),
                       strict=True))
     gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # then the norms

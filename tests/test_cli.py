@@ -30,12 +30,14 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 QUICK = {"num_prompts": 2, "group_size": 2, "warm_start_steps": 5, "num_iterations": 2,
          "eval_episodes": 4, "eval_every": 1, "save_every": 1, "print_samples": 0,
          "env_kwargs": '{"size": 3}', "max_turns": 4}
+NOT_ALL_HAVE = {"kl_coefficient", "entropy_coefficient"}
 
 
 def quick(tmp_path, script="ms_grpo", **flags):
     module = importlib.import_module(f"algos.{script}")
     if script != "ms_grpo":
         flags = {"env_kwargs": "{}"} | flags
+    flags = {name: value for name, value in flags.items() if hasattr(module.Args, name) or name not in NOT_ALL_HAVE}
     return module.Args(**(QUICK | {"run_dir": str(tmp_path / "runs")} | flags))
 
 
@@ -438,6 +440,8 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, script):
                      "entropy_coefficient": 0.01}
     if script != "ms_grpo":
         flags |= {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
+    args = importlib.import_module(f"algos.{script}").Args
+    flags = {name: value for name, value in flags.items() if hasattr(args, name) or name not in NOT_ALL_HAVE}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch in (("one", command()[:1]), ("two", torchrun)):
         run = subprocess.run(
