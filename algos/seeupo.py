@@ -64,11 +64,12 @@ class Args(RunArgs):
     env_id: str = "turnrl/ToolDesk-v0"  # gymnasium id; module:Id-v0 imports the module first
     num_prompts: int = 8  # environment seeds (groups) per iteration
     learning_rate: float = 1e-4  # of AdamW, constant
-    num_iterations: int = 40  # iterations of: collect episodes, update
+    num_iterations: int = 30  # iterations of: collect episodes, update
     max_turn_tokens: int = 6  # tokens the policy may sample in one turn
     warm_start_steps: int = 400  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
+    eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
     order: Literal["reverse", "natural", "random", "together"] = "reverse"  # of the turns' updates
