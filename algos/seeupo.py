@@ -75,7 +75,7 @@ class Args(RunArgs):
     order: Literal["reverse", "natural", "random", "together"] = "reverse"  # of the turns' updates
     sequential_weights: bool = True  # multiply M by the ratios of the turns updated, Eq. 5
     ratio_base: Literal["iteration_start", "before_turn"] = "iteration_start"  # pi_k in Eq. 3
-    ratio_pooling: Literal["geometric", "product", "token"] = "geometric"  # mean (Eq. 3), sum, none
+    ratio_pooling: Literal["geometric", "product", "token"] = "geometric"  # mean, sum, none
     factor_clip: float | None = None  # bound factor and product to 1 +- this (code: 0.2)
     advantage_scale: Literal["batch_std", "none", "group_std"] = "batch_std"  # divisor in Eq. 2
     advantage_clamp: float | None = None  # bound A to +- this (code: 3)

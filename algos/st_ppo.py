@@ -59,7 +59,9 @@ from utils import (
     token_logprobs, turn_table, world_size,
 )
 
+Variant = Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"]
 TurnRatio = Literal["geometric", "arithmetic", "product", "geometric_stop_gradient"]
+Scale = Literal["at_most_one", "triggered", "literal", "relative"]
 
 
 # === 2. Args =====================================================================================
@@ -77,14 +79,14 @@ class Args(RunArgs):
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
-    variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # Eq. 1 or 2, with 7 or not
+    variant: Variant = "st_ppo"  # turn ratio (Eq. 2) if it has a t, scaled (Eq. 7) if it has an s
     turn_ratio: TurnRatio = "geometric"  # Eq. 2 of turn_ppo and st_ppo, or another pooling
     clip_epsilon: float = 0.2  # clipping of the ratio to both sides, Eq. 3
-    clip_bias_scale: Literal["at_most_one", "triggered", "literal", "relative"] = "at_most_one"  # s
-    scale_target: Literal["gradient", "step"] = "gradient"  # s on the gradient or learning rate
+    clip_bias_scale: Scale = "at_most_one"  # how s is made from the norm of C, Eq. 7 and D1
+    scale_target: Literal["gradient", "step"] = "gradient"  # what s multiplies, D2
     aggregation: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"  # Eq. 3
     discount: float = 1.0  # per sampled token, Eq. 8
-    gae_lambda: float = 1.0  # Eq. 8
+    gae_lambda: float = 1.0  # weight of later residuals, lambda in Eq. 8
     bootstrap_truncated: bool = False  # add the value of going on where a time limit cut
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
     num_epochs: int = 1  # passes over a batch, each in new random minibatches
