@@ -50,8 +50,8 @@ class ToolDesk(TextEnv):
         items = [ITEMS[i] for i in rng.choice(len(ITEMS), size=self.num_orders, replace=False)]
         targets = rng.choice(self.num_orders, size=self.num_requests, replace=False)
         requests = [(list(DONE)[rng.integers(3)], ids[i]) for i in targets]
-        drawn = {"pin": pin, "orders": dict(zip(ids, items, strict=True)), "requests": requests}
-        self.start(**{**drawn, **(options or {})})
+        orders = dict(zip(ids, items, strict=True))
+        self.start(**({"pin": pin, "orders": orders, "requests": requests} | (options or {})))
         return self.request, self.info(False)
 
     def start(self, pin: int, orders: dict[int, str], requests: list[tuple[str, int]]):
@@ -60,12 +60,12 @@ class ToolDesk(TextEnv):
         self.status = dict.fromkeys(orders, "paid")
         self.request = f"pin {pin}: " + ", then ".join(
             f"{verb} the {orders[number]}" for verb, number in requests) + "."
+        self.open = list(self.requests)  # those not done yet
         self.logged_in = self.listed = self.closed = self.wrong = self.ended = False
+        self.any_readable = self.repeated = False
         self.found: set[int] = set()
-        self.done = [False] * len(requests)
         self.pending: tuple[str, int] | None = None
         self.actions: list[str] = []
-        self.any_readable = self.repeated = False
 
     def step(self, action: str):
         self.check_running()
@@ -83,16 +83,15 @@ class ToolDesk(TextEnv):
     def reply(self, verb: str, *words: str) -> str:
         """What the desk answers to a command, which it carries out."""
         known = len(words) == 1 and words[0].isascii() and words[0].isdigit()
-        number = int(words[0][:9]) if known else -1
-        alone, acting = not words, verb in DONE and number >= 0
-        if verb == "finish" and alone:
+        number = int(words[0].lstrip("0")[:9] or 0) if known else -1
+        if verb == "finish" and not words:
             self.closed = True
             return "bye."
         if verb == "login" and number >= 0:
             self.logged_in |= number == self.pin
             return "logged in." if number == self.pin else "wrong pin."
-        finding = verb == "find" and len(words) == 1
-        if not (acting or finding or (verb in ("list", "confirm") and alone)):
+        acting, finding = verb in DONE and number >= 0, verb == "find" and len(words) == 1
+        if not (acting or finding or (verb in ("list", "confirm") and not words)):
             return "unknown command."
         if not self.logged_in:
             return "please log in first."
@@ -100,7 +99,7 @@ class ToolDesk(TextEnv):
             self.listed = True
             return f"orders {' '.join(map(str, self.orders))}."
         if verb == "confirm":
-            return self.carry_out()
+            return self.carry_out(self.pending) if self.pending else "nothing to confirm."
         if not self.listed:
             return "please list first."
         if finding:
@@ -113,27 +112,23 @@ class ToolDesk(TextEnv):
             return "no such order."
         if self.status[number] != "paid":
             return f"{number} is already {self.status[number]}."
-        if any(number == target and not all(self.done[:i])
-               for i, (_, target) in enumerate(self.requests)):
+        if number in [target for _, target in self.open[1:]]:
             return "refused, do the first request first."
         self.pending = (verb, number)
         return f"{verb} {number}? say confirm."
 
-    def carry_out(self) -> str:
-        """Do what waits for confirmation."""
-        if self.pending is None:
-            return "nothing to confirm."
-        (verb, number), self.pending = self.pending, None
+    def carry_out(self, request: tuple[str, int]) -> str:
+        verb, number = request
         self.status[number] = DONE[verb]
-        self.wrong |= (verb, number) not in self.requests
-        self.done = [done or request == (verb, number)
-                     for done, request in zip(self.done, self.requests, strict=True)]
+        self.wrong |= request not in self.open
+        self.open = [other for other in self.open if other != request]
         return f"{number} {DONE[verb]}."
 
     def info(self, unreadable: bool) -> dict:
         checks = {"logged_in": self.logged_in}
-        for i, (_, number) in enumerate(self.requests):
-            checks |= {f"found_{i}": number in self.found, f"done_{i}": self.done[i]}
+        for i, request in enumerate(self.requests):
+            checks[f"found_{i}"] = request[1] in self.found
+            checks[f"done_{i}"] = request not in self.open
         checks["closed"] = self.closed and self.logged_in and not self.wrong
         score = sum(checks.values()) / len(checks)
         legal = ["finish", "list", "confirm", f"login {self.pin}"]
@@ -149,21 +144,20 @@ class ToolDesk(TextEnv):
     def demonstrate(self, rng) -> str:
         """The next command of somebody who knows how, or with probability `noise` of anybody."""
         if rng.random() < self.noise:
-            options = ["finish", "list", "confirm", f"find {ITEMS[rng.integers(len(ITEMS))]}"]
-            if not self.listed:
-                return [*options, f"login {rng.choice(NUMBERS)}"][rng.integers(5)]
-            numbers = list(self.orders)
-            options += [f"{list(DONE)[rng.integers(3)]} {numbers[rng.integers(len(numbers))]}",
-                        f"{self.requests[0][0]} {numbers[rng.integers(len(numbers))]}"]
-            return options[rng.integers(6)]
+            options = ["finish", "list", "confirm", f"find {rng.choice(ITEMS)}"]
+            if self.listed:
+                options += [f"{verb} {rng.choice(list(self.orders))}"
+                            for verb in (rng.choice(list(DONE)), self.requests[0][0])]
+            else:
+                options += [f"login {rng.choice(NUMBERS)}"]
+            return options[rng.integers(len(options))]
         if not self.logged_in:
             return f"login {self.pin}"
         if not self.listed:
             return "list"
-        todo = [request for done, request in zip(self.done, self.requests, strict=True) if not done]
-        if not todo:
+        if not self.open:
             return "finish"
-        verb, number = todo[0]
+        verb, number = self.open[0]
         if number not in self.found:
             return f"find {self.orders[number]}"
         if self.status[number] != "paid":
