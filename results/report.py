@@ -361,6 +361,19 @@ def retry_table() -> str:
     return "\n".join(lines)
 
 
+def turns_table() -> str:
+    """results/turns.csv, made by tests/benchmarks/turns.py: exact values by order of updates."""
+    rows = read(ROOT / "results/turns.csv")
+    columns = [name for name in rows[0] if name.startswith("value_")]
+    lines = ["| turns | a step goes | order | weights M | "
+             + " | ".join(f"after {name[6:]}" for name in columns) + " |",
+             "|---" * (4 + len(columns)) + "|"]
+    for row in rows:
+        cells = [row[name] for name in ("turns", "rule", "order", "weights", *columns)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
@@ -376,4 +389,5 @@ if __name__ == "__main__":
     drift_figure("st_ppo", CLAIMS["st_ppo"]["B"][2])
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
+    replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
     replace_block(ROOT / "README.md", "results", readme_table())
