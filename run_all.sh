@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
-scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo}
+scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo}
 claims=runs/claims
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -104,6 +104,26 @@ run st_ppo heavy_s_step --variant s_ppo --scale-target step "${heavy[@]}"
 run st_ppo heavy_small_rate --variant ppo --learning-rate 3e-4 "${heavy[@]}"
 run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
 run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
+# SeeUPO: order and weights (A; desk_reverse is the default run), all turns in one step (B), both on questions
+# (C). gspo and grpo: the ratio of a turn or of a token; 8 or 6: as many optimizer steps as the longest episode has turns.
+together=(--order together --advantage-scale group_std)
+question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8)
+run seeupo desk_reverse
+run seeupo desk_natural --order natural
+run seeupo desk_random --order random
+run seeupo desk_unweighted --no-sequential-weights
+run seeupo desk_released --ratio-base before_turn --factor-clip 0.2 --advantage-clamp 3
+run seeupo desk_gspo_8 "${together[@]}" --steps-per-turn 8
+run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio-pooling token
+run seeupo desk_gspo_1 "${together[@]}" --learning-rate 1e-3
+run seeupo desk_grpo_1 "${together[@]}" --learning-rate 1e-3 --ratio-pooling token
+run seeupo question_reverse "${question[@]}"
+run seeupo question_natural "${question[@]}" --order natural
+run seeupo question_random "${question[@]}" --order random
+run seeupo question_unweighted "${question[@]}" --no-sequential-weights
+run seeupo question_gspo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6
+run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 --ratio-pooling token
+run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi
