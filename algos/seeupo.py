@@ -121,11 +121,12 @@ def scale_by_batch(advantages: Tensor, scale: str = "batch_std",
                    clamp: float | None = None) -> Tensor:
     """Divide by the (unbiased) std over the batch unless that is 0, then clamp. Eq. 2
 
-    advantages (E,), of all processes -> (E,); scale other than batch_std: only clamp
+    advantages (E,), of all processes, mean 0 in every group -> (E,); scale other than batch_std:
+    only clamp
     """
     std = advantages.std(correction=1) if len(advantages) > 1 else torch.zeros(())
     if scale == "batch_std" and std > 1e-6:
-        advantages = (advantages - advantages.mean()) / std
+        advantages = advantages / std  # minus a rounded mean, an exact 0 would not stay one
     return advantages if clamp is None else advantages.clamp(-clamp, clamp)
 
 
@@ -162,7 +163,7 @@ def multiply_weights(running: Tensor, factor: Tensor, episode_id: Tensor,
 
 # === 4. Loss =====================================================================================
 def pooled_log_ratio(log_ratio: Tensor, turn_id: Tensor, pooling: str) -> Tensor:
-    """The logarithm of the ratio w that every token is weighted with. Eq. 1, 2
+    """The logarithm of the ratio r that every token is weighted with. Eq. 3
 
     log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1. token: its own; geometric,
     arithmetic: mean over its turn of l, or of exp(l); product: sum of l; geometric_stop_gradient:
@@ -186,7 +187,7 @@ def pooled_log_ratio(log_ratio: Tensor, turn_id: Tensor, pooling: str) -> Tensor
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
                       dual_clip: float | None = None) -> Tensor:
-    """The clipped surrogate of every token, to be maximised. Eq. 3
+    """The clipped surrogate of every token, to be maximised. Eq. 4
 
     log_ratio (B, T) = new - old log-probs, advantages (B, T) -> (B, T)
     """
