@@ -47,6 +47,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch._functorch.config
 import tyro
 from torch import Tensor
 
@@ -386,6 +387,8 @@ def main(args: Args) -> dict[str, float]:
             stop(f"--num-minibatches {args.num_minibatches}: there are {num_episodes} episodes")
         envs = make_envs(args, num_episodes // world_size())
         policy = load_policy(args)
+        if args.compile:  # its graphs are walked back twice, for C and for J
+            torch._functorch.config.donated_buffer = False
         critic = Critic(policy)
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
