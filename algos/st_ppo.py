@@ -97,6 +97,8 @@ class Args(RunArgs):
 
 
 VALUE_CLIP = 0.5  # in Eq. 9
+SUMS = ("turns", "clip_fraction_turn", "tokens", "clip_fraction", "out_of_range", "approx_kl_k1",
+        "approx_kl", "ratio", "ratio_squared", "loss", "value_loss", "entropy")  # of an update
 
 
 # === 3. Advantages ===============================================================================
@@ -270,6 +272,7 @@ def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor
         values[part["row"], : part["tokens"].shape[1]] = critic(part)
     return values
 
+
 def after_truncation(policy: Policy, episodes: list[Episode]) -> list[Episode]:
     """For every episode a row that ends in one made-up token after the prompt of its next turn.
 
@@ -288,14 +291,16 @@ def after_truncation(policy: Policy, episodes: list[Episode]) -> list[Episode]:
 class BatchQueue:
     """The batches not yet trained on, oldest first; part of the checkpoint."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.batches: list[dict[str, dict[str, Tensor]]] = []
+        self.device = device
 
     def state_dict(self) -> dict:
         return {"batches": self.batches}
 
-    def load_state_dict(self, state: dict):
-        self.batches = state["batches"]
+    def load_state_dict(self, state: dict):  # which was read to the CPU
+        self.batches = [{name: {key: x.to(self.device) for key, x in part.items()}
+                         for name, part in waiting.items()} for waiting in state["batches"]]
 
 
 @torch.no_grad()
@@ -330,10 +335,10 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
     pooling = args.turn_ratio if args.variant in ("turn_ppo", "st_ppo") else "token"
     parameters = list(policy.model.parameters())
     gradient, clip_bias = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
-    sums, largest = {}, 0.0
+    sums, largest = dict.fromkeys(SUMS, torch.zeros((), device=policy.device)), 0.0
     for rows in micro_batches(batch, args.micro_batch_tokens):
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
-        log_ratio = logprobs - rows["old_logprobs"]
+        log_ratio = torch.where(rows["turn_id"] >= 0, logprobs - rows["old_logprobs"], 0.0)
         pooled = pooled_log_ratio(log_ratio, rows["turn_id"], pooling)
         objective, removed = surrogate_and_clip_bias(pooled, rows["advantages"], rows["weights"],
                                                      args.clip_epsilon)
@@ -347,7 +352,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         error.backward()
         stats |= {"loss": -objective.detach(), "value_loss": error.detach(),
                   "entropy": entropy.sum().detach()}
-        sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
+        sums = {name: total + stats[name] for name, total in sums.items()}
         largest = max(largest, log_ratio.abs().max().item())
     largest = all_gather(torch.tensor([largest])).max().item()
     totals = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values())).double()).tolist(),
@@ -365,12 +370,13 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         p.grad = part.view_as(p)
     optimizer_step(critic, critic_optimizer, args.max_grad_norm)
     norm = optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
-    tokens, ratios = totals.pop("tokens"), (totals.pop("ratio"), totals.pop("ratio_squared"))
-    turns, loss, error = totals.pop("turns"), totals.pop("loss"), totals.pop("value_loss")
+    tokens, turns = max(totals.pop("tokens"), 1), max(totals.pop("turns"), 1)
+    ratios = totals.pop("ratio"), totals.pop("ratio_squared")
+    loss, error = totals.pop("loss"), totals.pop("value_loss")
     return {"loss": loss, "value_loss": error,
             "clip_fraction_turn": totals.pop("clip_fraction_turn") / turns,
             **{name: total / tokens for name, total in totals.items()},
-            "effective_sample_size": ratios[0] ** 2 / (tokens * ratios[1]),
+            "effective_sample_size": ratios[0] ** 2 / max(tokens * ratios[1], 1e-12),
             "log_ratio_max": largest, "clip_bias_norm": bias_norm, "full_gradient_norm": full_norm,
             "clip_bias_share": bias_norm / max(bias_norm + full_norm, 1e-12),
             "gradient_scale": scale, "scaled_steps": float(scale != 1), "grad_norm": norm,
@@ -393,7 +399,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
                                              weight_decay=0)
-        queue = BatchQueue()
+        queue = BatchQueue(policy.device)
         state = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer,
                  "queue": queue}
         run.restore(policy, **state)
