@@ -30,7 +30,7 @@ KINDS = ("token", "geometric", "arithmetic", "product", "geometric_stop_gradient
 
 
 def table(*rows):
-    return torch.tensor(rows, dtype=torch.double)
+    return torch.tensor(np.array(rows), dtype=torch.double)
 
 
 def surrogate(log_ratio, advantages, turn_id, kind="token", aggregation="sequence_mean", epsilon=0.2):
