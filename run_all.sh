@@ -14,7 +14,7 @@ quick=()
 if [ "${1:-}" = --quick ]; then
     seeds=1
     claims=runs/quick
-    quick=(--num-iterations 2 --warm-start-steps 20 --eval-episodes 16 --eval-every 1)
+    quick=(--num-iterations 3 --warm-start-steps 20 --eval-episodes 16 --eval-every 1)
 fi
 export OMP_NUM_THREADS=1
 
@@ -106,7 +106,7 @@ run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
 run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
 # SeeUPO: order and weights (A; desk_reverse is the default run), all turns in one step (B), both on questions
 # (C). gspo and grpo: the ratio of a turn or of a token; 8 or 6: as many optimizer steps as the longest episode has turns.
-together=(--order together --advantage-scale group_std)
+together=(--order together)
 question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8)
 run seeupo desk_reverse
 run seeupo desk_natural --order natural

@@ -4,7 +4,7 @@ Paper: Hu, Fu, Chen, Liu and Ding, "SeeUPO: Sequence-Level Agentic-RL with Conve
 arXiv 2602.06554v1. Section 4 and the abstract were read in full, the rest in part; code: branch
 seeupo of modelscope/AgentEvolver at e59dea41.
 
-    Eq. 1  R_e = 1 + s / 2 if s = 1, else s / 2; -1 for garbage    s the episode's return [code]
+    Eq. 1  R_e = 1 + s / 2 if s >= 1, else s / 2; -1 for garbage   s: the episode's return [code]
     Eq. 2  A_e = R_e - mean_group R, divided by the std of A over the batch                 [5, 9]
     Eq. 3  r_e = exp(mean over the tokens of turn t of log pi(token) - log pi_k(token))     [6]
     Eq. 4  J_t = mean over the episodes with a turn t of
@@ -13,7 +13,7 @@ seeupo of modelscope/AgentEvolver at e59dea41.
                  r_e of that turn under the new parameters                                  [7, 8]
 
     pi_k  the policy that collected: old_logprobs, for all turns    M  weights of the episodes (E,)
-    [n]   equation of the paper
+    t     a turn here    r  exp(pooled_log_ratio), w in st_ppo.py    [n]  equation of the paper
 
 An iteration takes one optimizer step per turn, in --order: reverse is backward induction, an early
 turn is judged by what the later ones have become. In exact arithmetic, with a policy of its own for
@@ -30,9 +30,12 @@ Deviations and choices
         (--ratio-base before_turn), so that the clip never binds; the factor and the product are
         clamped to 1 +- 0.2 (--factor-clip 0.2); A is clamped (--advantage-clamp 3).
     D2  --ratio-pooling geometric as released; Eq. 5 is exact with product only.
-    D3  --order together: all turns in one step; with geometric GSPO's ratio for every turn, with
-        token GRPO's (controls). --no-sequential-weights: M = A for all turns (control).
-    D4  An episode without the turn has the factor 1 and is not in the mean (code: its padding is).
+    D3  Controls. --order together: all turns in one step, with GSPO's ratio per turn, or with
+        --ratio-pooling token GRPO's; the mean is over turns in both. --no-sequential-weights:
+        M = A for all turns.
+    D4  An episode without the turn has the factor 1 and is not in the mean (code: its padding
+        is). A turn whose episodes all have A = 0 is skipped.
+    D5  s is the summed reward of any environment, made for 0 to 1; --reward-mapping plain: R = s.
 
     python algos/seeupo.py        about MINUTES minutes on 2 CPU cores
 """
@@ -74,7 +77,7 @@ class Args(RunArgs):
     # Algorithm specific arguments
     order: Literal["reverse", "natural", "random", "together"] = "reverse"  # of the turns' updates
     sequential_weights: bool = True  # multiply M by the ratios of the turns updated, Eq. 5
-    ratio_base: Literal["iteration_start", "before_turn"] = "iteration_start"  # pi_k in Eq. 3
+    ratio_base: Literal["iteration_start", "before_turn"] = "iteration_start"  # Eq. 3, 5
     ratio_pooling: Literal["geometric", "product", "token"] = "geometric"  # mean, sum, none
     factor_clip: float | None = None  # bound factor and product to 1 +- this (code: 0.2)
     advantage_scale: Literal["batch_std", "none", "group_std"] = "batch_std"  # divisor in Eq. 2
@@ -145,7 +148,8 @@ def turn_factor(log_ratio: Tensor, turn_id: Tensor, turn: int, pooling: str) -> 
     """
     here = turn_id == turn
     total = torch.where(here, log_ratio.clamp(-20, 20), 0.0).sum(1)
-    return (total if pooling == "product" else total / here.sum(1).clamp(min=1)).exp()
+    total = total if pooling == "product" else total / here.sum(1).clamp(min=1)
+    return total.clamp(-20, 20).exp()
 
 
 @torch.no_grad()
@@ -181,8 +185,8 @@ def pooled_log_ratio(log_ratio: Tensor, turn_id: Tensor, pooling: str) -> Tensor
     pooled = zeros.scatter_add(1, index, terms)
     if pooling != "product":
         pooled = pooled / zeros.scatter_add(1, index, torch.ones_like(terms)).clamp(min=1)
-    pooled = pooled.gather(1, index)
-    return torch.where(turn_id >= 0, pooled.log() if pooling == "arithmetic" else pooled, 0.0)
+    pooled = pooled.gather(1, index).log() if pooling == "arithmetic" else pooled.gather(1, index)
+    return torch.where(turn_id >= 0, pooled.clamp(-20, 20), 0.0)
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
@@ -248,7 +252,7 @@ def turn_loss(batch: dict[str, Tensor], logprobs: Tensor, pooling: str, clip_eps
     weights (B, T)
     """
     advantages, weights = batch["advantages"], batch["weights"]  # (B, T)
-    log_ratio = logprobs - batch["old_logprobs"]
+    log_ratio = torch.where(batch["turn_id"] >= 0, logprobs - batch["old_logprobs"], 0.0)
     pooled = pooled_log_ratio(log_ratio, batch["turn_id"], pooling)
     objective = clipped_objective(pooled, advantages, clip_epsilon, clip_epsilon)
     kl = kl_policy_ref_k3(logprobs, batch["ref_logprobs"])
@@ -327,23 +331,22 @@ def main(args: Args) -> dict[str, float]:
             advantages = scale_by_batch(group_relative_advantages(rewards, group_id, scale),
                                         args.advantage_scale, args.advantage_clamp)
             silent = (advantages.view(-1, args.group_size) == 0).all(1)
-            signal = advantages.any()
             advantages = advantages.split(len(episodes))[rank()]  # of this process
 
             # 4. update: one step per turn, and the weights for the next one
             updates, running = [], torch.ones_like(advantages)  # (E,) M / A
             longest = all_gather(batch["turn_id"].amax()[None] + 1).amax().item()
             rng = random_stream(args.seed, DRAW, iteration)
-            for turns in turn_order(longest, args.order, rng) if signal else []:
+            for turns in turn_order(longest, args.order, rng):
                 rows = rows_of_turns(batch, turns)
-                if not all_reduce_sum((rows["turn_id"] >= 0).sum()):
-                    continue  # sampled no token
+                weights = (advantages * running)[rows["episode_id"]]  # (B,)
+                if not all_reduce_sum(weights.abs().sum()):
+                    continue  # nothing to learn from
+                rows["advantages"] = weights[:, None].expand(rows["tokens"].shape)
                 if args.ratio_base == "before_turn":
                     rows["old_logprobs"], _ = batch_logprobs(policy, rows, args)
-                weights = (advantages * running)[rows["episode_id"]]  # (B,)
-                rows["advantages"] = weights[:, None].expand(rows["tokens"].shape)
-                updates += [update(policy, reference, optimizer, rows, args)
-                            for _ in range(args.steps_per_turn)]
+                for _ in range(args.steps_per_turn):
+                    updates.append(update(policy, reference, optimizer, rows, args))
                 if args.sequential_weights and args.order != "together":
                     logprobs, _ = batch_logprobs(policy, rows, args)
                     factor = turn_factor(logprobs - rows["old_logprobs"], rows["turn_id"],

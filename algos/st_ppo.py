@@ -1,24 +1,26 @@
 """ST-PPO: one clipped ratio per turn, and gradients divided by what the clipping took from them.
 
 Paper: "ST-PPO: Stabilized Off-Policy Proximal Policy Optimization for Multi-Turn Agents Training",
-arXiv 2511.20718v1 (v2 has another title). Its abstracts and three public reviews that quote
-equations 7 and 8 were read; the body and the code were not available. A reconstruction.
+arXiv 2511.20718v1 (v2 has another title). Its abstracts, three public reviews that quote equations
+7 and 8, and two summaries (equation 4, lemma 4.2) were read; the body and the code were not
+available. A reconstruction.
 
     Eq. 1  w_t = exp(l_t)                            l_t = log pi(token t) - log pi_old(token t)
     Eq. 2  w_k = exp(mean of l_t over the tokens of turn k), the same for all of them          [4]
-    Eq. 3  J = mean_e mean_t min(w A_t, clip(w, 1 - epsilon, 1 + epsilon) A_t)
-    Eq. 4  a token binds if A_t > 0 and w > 1 + epsilon, or A_t < 0 and w < 1 - epsilon
-    Eq. 5  C = grad mean_e mean_t [binds] w A_t      the clip bias, a vector like the gradient
-    Eq. 6  grad J = (grad of mean_e mean_t w A_t) - C                                [lemma 4.2]
-    Eq. 7  step along s grad J, s = 1 / max(1, |C|) if any token binds, else 1  (s_ppo, st_ppo)
-    Eq. 8  A_t = R_t + discount V_{t+} - V_t + discount gae_lambda A_{t+}, whitened over the batch
-    Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
+    Eq. 3  J = mean min(w A_t, clip(w, 1 - epsilon, 1 + epsilon) A_t)
+    Eq. 4  token t binds if A_t > 0 and w > 1 + epsilon, or A_t < 0 and w < 1 - epsilon
+    Eq. 5  C = gradient of the mean of w A_t over the tokens that bind, 0 for the others
+    Eq. 6  grad J = (gradient of the mean of w A_t) - C
+    Eq. 7  step along s grad J, s = 1 / max(1, |C|)   (s_ppo, st_ppo)      [7 to 9 divide by |C|]
+    Eq. 8  A_t = R_t + discount V_{t+} - V_t + discount gae_lambda A_{t+}, then whitened
+    Eq. 9  L_critic = 1/2 mean max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
 
     --variant      ppo: Eq. 1     turn_ppo: Eq. 2     s_ppo: Eq. 1 and 7     st_ppo: Eq. 2 and 7
 
-    l  log_ratio (B, T)    w  exp(pooled_log_ratio)    V  values (B, T)    V_target = A + V
-    C  clip_bias           t+ the next sampled token; its value is skipped over observations
-    [n] equation of the paper
+    l  log_ratio (B, T)    w  exp(pooled_log_ratio)    V  values (B, T)    C  clip_bias    s  scale
+    R_t  the turn's reward on its last token, else 0    V_target  A + V before whitening
+    t+   the next sampled token: observations are skipped     |C|  Euclidean, over all parameters
+    [n]  equation of the paper, as quoted
 
 Changed from ufo.py (--advantage gae)
     - an environment's own rewards, each at the last token of its turn
@@ -26,14 +28,16 @@ Changed from ufo.py (--advantage gae)
     - batches may be used many times and late: --num-epochs, --num-minibatches, --staleness
 
 Deviations and choices
-    D1  Eq. 7 where nothing binds, and |C| < 1: open in the sources. --clip-bias-scale triggered
-        (1 / |C|), literal (1 / (|C| + 1e-8) always), relative (1 / (1 + |C| / |grad J + C|)).
-    D2  Adam largely undoes a constant factor on the gradient: --scale-target step puts s on the
-        learning rate of that step instead.
+    D1  Eq. 7 where |C| < 1, or nothing binds: open in the sources. --clip-bias-scale triggered
+        (1 / |C| if a token binds), literal (1 / (|C| + 1e-8)), relative (1 - clip_bias_share).
+    D2  Adam largely undoes a constant factor on the gradient, and --max-grad-norm any factor
+        where s |grad J| is still above it: --scale-target step multiplies the step instead.
     D3  Eq. 2 is the geometric mean; --turn-ratio has the other readings.
     D4  A time limit ends the task by default (V = 0 after it); --bootstrap-truncated adds the
         critic's value of going on. No KL and no entropy term.
-    D5  The mean over episodes in all variants (--aggregation token_mean: that of public PPO code).
+    D5  The mean in Eq. 3 is over the tokens of an episode, then over episodes, in all variants
+        (--aggregation token_mean: over tokens, as in public PPO code).
+    D6  --target-kl ends the passes over a batch early. Off by default.
 
     python algos/st_ppo.py        about MINUTES minutes on 2 CPU cores
 """
@@ -92,7 +96,7 @@ class Args(RunArgs):
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
     num_epochs: int = 1  # passes over a batch, each in new random minibatches
     num_minibatches: int = 2  # optimizer steps per pass
-    target_kl: float | None = None  # stop the passes over a batch above this approx_kl; default off
+    target_kl: float | None = None  # no further pass over a batch above this approx_kl; default off
     staleness: int = 0  # train on the batch of so many iterations ago
 
 
@@ -106,8 +110,9 @@ SUMS = ("turns", "clip_fraction_turn", "tokens", "clip_fraction", "out_of_range"
 def place_turn_rewards(turn_rewards: Tensor, turn_id: Tensor) -> Tensor:
     """R_t: the reward of every turn on its last sampled token. Eq. 8
 
-    turn_rewards (B, K), turn_id (B, T) -> (B, T), 0 where turn_id is -1. A turn without a sampled
-    token gives its reward to the sampled token before it.
+    turn_rewards (B, K), turn_id (B, T) -> (B, T), 0 where turn_id is -1. A sampled token gets the
+    rewards of all turns from its own up to that of the next one, so that a last column, for what
+    comes after the last turn, lands on the last sampled token.
     """
     mask, width = turn_id >= 0, turn_rewards.shape[1]
     later = torch.where(mask, turn_id, width).flip(1).cummin(1).values.flip(1)  # (B, T)
@@ -166,8 +171,8 @@ def pooled_log_ratio(log_ratio: Tensor, turn_id: Tensor, pooling: str) -> Tensor
     pooled = zeros.scatter_add(1, index, terms)
     if pooling != "product":
         pooled = pooled / zeros.scatter_add(1, index, torch.ones_like(terms)).clamp(min=1)
-    pooled = pooled.gather(1, index)
-    return torch.where(turn_id >= 0, pooled.log() if pooling == "arithmetic" else pooled, 0.0)
+    pooled = pooled.gather(1, index).log() if pooling == "arithmetic" else pooled.gather(1, index)
+    return torch.where(turn_id >= 0, pooled.clamp(-20, 20), 0.0)
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
@@ -333,7 +338,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
     batch["weights"] = weights / all_reduce_sum(count).clamp(min=1)  # the only normalisation
     batch["value_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)
     pooling = args.turn_ratio if args.variant in ("turn_ppo", "st_ppo") else "token"
-    parameters = list(policy.model.parameters())
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
     gradient, clip_bias = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
     sums, largest = dict.fromkeys(SUMS, torch.zeros((), device=policy.device)), 0.0
     for rows in micro_batches(batch, args.micro_batch_tokens):
@@ -344,7 +349,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
                                                      args.clip_epsilon)
         stats = ratio_sums(log_ratio, pooled, rows["advantages"], rows["turn_id"],
                            args.clip_epsilon)
-        if stats["clip_fraction"] > 0:
+        if stats["clip_fraction"] > 0:  # else C is 0
             parts = torch.autograd.grad(removed, parameters, retain_graph=True)
             clip_bias += torch.cat([x.flatten() for x in parts])
         gradient += torch.cat([x.flatten() for x in torch.autograd.grad(objective, parameters)])
@@ -357,7 +362,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
     largest = all_gather(torch.tensor([largest])).max().item()
     totals = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values())).double()).tolist(),
                       strict=True))
-    gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # then the norms
+    gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # norms do not add up
     bias_norm, full_norm = clip_bias.norm().item(), (gradient + clip_bias).norm().item()
     scale = 1.0
     if args.variant in ("s_ppo", "st_ppo"):
@@ -387,6 +392,9 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
 def main(args: Args) -> dict[str, float]:
     if args.staleness and world_size() > 1:
         stop("--staleness needs a single process: a checkpoint holds one queue of batches")
+    if args.scale_target == "step" and args.clip_bias_scale in ("triggered", "literal"):
+        stop(f"--clip-bias-scale {args.clip_bias_scale} has no upper bound: a learning rate "
+             "(--scale-target step) cannot be multiplied by it")
     with Run(args, "st_ppo") as run:
         num_episodes = args.num_prompts * args.group_size  # E over all processes
         if args.num_minibatches > num_episodes:
@@ -410,57 +418,58 @@ def main(args: Args) -> dict[str, float]:
         for iteration in run.iterations(policy, evaluation, **state):
             # 1. collect num_prompts groups of group_size episodes
             episodes = collect_groups(policy, envs, args, iteration)
-            metrics: dict[str, float] = {}
 
             # 2. score: the environment's rewards; what was collected waits for its turn
-            rewards, _ = turn_table(episodes, lambda turn: turn.reward, policy.device)
-            waiting = {"batch": collate(episodes, policy.device), "rewards": {"turns": rewards}}
+            rewards, _ = turn_table(episodes, lambda turn: turn.reward, policy.device)  # (E, K)
+            batch = collate(episodes, policy.device)
+            batch["turn_rewards"] = rewards[batch["episode_id"]]  # (B, K)
+            queue.batches.append({"batch": batch})
             if args.bootstrap_truncated:
-                waiting["after"] = collate(after_truncation(policy, episodes), policy.device)
-            queue.batches.append(waiting)
+                queue.batches[-1]["after"] = collate(after_truncation(policy, episodes),
+                                                     policy.device)
+            if len(queue.batches) <= args.staleness:
+                run.log(iteration, episodes, {"optimizer_steps": 0})
+                continue
+            oldest = queue.batches.pop(0)
+            batch = oldest["batch"]
+            mask, episode_id = batch["turn_id"] >= 0, batch["episode_id"]
+
+            # 3. advantages (B, T)
+            batch["values"] = batch_values(critic, batch, args)
+            turn_rewards = batch.pop("turn_rewards")
+            if args.bootstrap_truncated:  # one more column, for after the last turn
+                final_values = batch_values(critic, oldest["after"], args).sum(1)[episode_id]
+                turn_rewards = torch.cat([turn_rewards, args.discount * final_values[:, None]], 1)
+            rewards = place_turn_rewards(turn_rewards, batch["turn_id"])
+            advantages, batch["returns"] = gae_advantages(rewards, batch["values"], mask,
+                                                          args.discount, args.gae_lambda)
+            raw, returns = all_gather(advantages[mask]), all_gather(batch["returns"][mask])
+            shares = all_gather(mask.sum()[None]).tolist()
+            white = whiten(raw).split(shares)[rank()]
+            batch["advantages"] = advantages.masked_scatter(mask, white)
+
+            # 4. update; an episode is never split
             updates = []
-            if len(queue.batches) > args.staleness:
-                oldest = queue.batches.pop(0)
-                batch, turn_rewards = oldest["batch"], oldest["rewards"]["turns"]
-                mask, episode_id = batch["turn_id"] >= 0, batch["episode_id"]
-
-                # 3. advantages (B, T)
-                batch["values"] = batch_values(critic, batch, args)
-                if args.bootstrap_truncated:  # after the last turn
-                    final_values = batch_values(critic, oldest["after"], args).sum(1)  # (E,)
-                    turn_rewards = torch.cat(
-                        [turn_rewards, args.discount * final_values[:, None]], dim=1)
-                rewards = place_turn_rewards(turn_rewards[episode_id], batch["turn_id"])
-                advantages, batch["returns"] = gae_advantages(
-                    rewards, batch["values"], mask, args.discount, args.gae_lambda)
-                raw, returns, errors = (all_gather(x[mask]) for x in (
-                    advantages, batch["returns"], batch["returns"] - batch["values"]))
-                shares = all_gather(mask.sum()[None]).tolist()
-                batch["advantages"] = advantages.masked_scatter(
-                    mask, whiten(raw).split(shares)[rank()])
-                metrics = {"advantage_mean": raw.mean().item(), "advantage_std": raw.std().item(),
-                           "return_std": returns.std().item(), "explained_variance":
-                           (1 - errors.var() / returns.var().clamp(min=1e-12)).item()}
-
-                # 4. update; an episode is never split
-                for epoch in range(args.num_epochs):
-                    order = random_stream(args.seed, DRAW, iteration, epoch).permutation(
-                        num_episodes).reshape(world_size(), -1)[rank()]
-                    part = torch.tensor(order % args.num_minibatches, device=policy.device)
-                    for minibatch in range(args.num_minibatches):
-                        rows = select_rows(batch, (part[episode_id] == minibatch).nonzero()[:, 0])
-                        updates.append(update(policy, critic, optimizer, critic_optimizer, rows,
-                                              args))
-                    if args.target_kl and updates[-1]["approx_kl"] > args.target_kl:
-                        break
+            for epoch in range(args.num_epochs):
+                numbers = random_stream(args.seed, DRAW, iteration, epoch).permutation(
+                    num_episodes).reshape(world_size(), -1)[rank()]  # (E,) in a random order
+                part = torch.tensor(numbers % args.num_minibatches, device=policy.device)
+                for minibatch in range(args.num_minibatches):
+                    rows = select_rows(batch, (part[episode_id] == minibatch).nonzero()[:, 0])
+                    updates.append(update(policy, critic, optimizer, critic_optimizer, rows, args))
+                if args.target_kl is not None and updates[-1]["approx_kl"] > args.target_kl:
+                    break
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            if updates:
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-                metrics |= {f"{name}_max": max(u[name] for u in updates)
-                            for name in ("clip_bias_norm", "log_ratio_max")}
-                metrics["first_log_ratio_max"] = updates[0]["log_ratio_max"]
-            run.log(iteration, episodes, metrics | {"optimizer_steps": len(updates)})
+            metrics = {name: np.mean([u[name] for u in updates]) for name in updates[0]}
+            metrics |= {"clip_bias_norm_max": max(u["clip_bias_norm"] for u in updates),
+                        "log_ratio_max": max(u["log_ratio_max"] for u in updates),
+                        "first_log_ratio_max": updates[0]["log_ratio_max"],
+                        "advantage_mean": raw.mean().item(), "advantage_std": raw.std().item(),
+                        "return_std": returns.std().item(), "optimizer_steps": len(updates),
+                        "explained_variance": (1 - raw.var() / returns.var()).item()
+                        if returns.var() > 1e-10 else 0.0}
+            run.log(iteration, episodes, metrics)
         return run.finish()
 
 

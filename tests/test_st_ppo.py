@@ -67,7 +67,7 @@ def test_the_ratio_of_a_turn_by_hand(kind, first, second):
 def test_log_ratios_are_held_within_twenty():
     far, turn_id = table([300.0, -300, -300, 1]), torch.tensor([[0, 1, 1, 2]])
     assert pooled_log_ratio(far, turn_id, "token").tolist() == [[20, -20, -20, 1]]
-    assert pooled_log_ratio(far, turn_id, "product").tolist() == [[20, -40, -40, 1]]
+    assert pooled_log_ratio(far, turn_id, "product").tolist() == [[20, -20, -20, 1]]
     long = table([90.0] * 40, [90.0] * 40)  # the product over such a turn is no number
     parts = surrogate(long, long.sign() * table([1.0], [-1.0]), torch.zeros(2, 40, dtype=torch.long), "product")
     assert [x.item() for x in parts] == pytest.approx([(1.2 - math.exp(20)) / 2, math.exp(20) / 2])
@@ -658,7 +658,7 @@ def test_the_advantages_of_a_run_against_a_loop(flags, tmp_path, spy):
         assert row["return_std"] == pytest.approx(goal.std(ddof=1), abs=1e-3)
         assert row["explained_variance"] == pytest.approx(1 - raw.var(ddof=1) / goal.var(ddof=1), rel=1e-2)
         assert (row["first_log_ratio_max"] > 1e-3) == (number > args.staleness > 0)
-        assert row["log_ratio_max_max"] >= row["log_ratio_max"] > 0 <= row["clip_bias_norm"] <= row["clip_bias_norm_max"]
+        assert row["log_ratio_max"] > 0 <= row["clip_bias_norm"] <= row["clip_bias_norm_max"]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_with_a_batch_waiting(tmp_path, spy):
