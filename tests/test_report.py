@@ -29,6 +29,9 @@ def test_the_results_of_the_readme_are_those_of_the_csv():
     assert block("README.md", "results") == report.readme_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
+    assert block("docs/seeupo.md", "turns") == report.turns_table()
+    for name, arms in report.LADDERS.items():
+        assert block("docs/st_ppo.md", name) == report.collapse_table("st_ppo", arms)
 
 
 def test_the_line_counts_of_the_readme_are_right():
@@ -43,6 +46,15 @@ def test_bootstrap_and_verdict():
     assert report.verdict(-0.2, -0.1) == "refuted" and report.verdict(-0.1, 0.1) == "inconclusive"
     low, high = report.bootstrap(np.full(5, 0.5))
     assert low == high == 0.5
+
+
+@pytest.mark.parametrize("success, collapsed", [
+    ([0.2, 0.5, 0.6, 0.7, 0.6, 0.5, 0.1], False),  # last three 0.4, best three 0.63
+    ([0.2, 0.5, 0.6, 0.7, 0.6, 0.2, 0.1], True),  # 0.3
+    ([0.4, 0.4, 0.4, 0.3, 0.31, 0.31, 0.31], False),  # 0.09 below the start
+    ([0.4, 0.4, 0.3, 0.3, 0.3, 0.2, 0.3], True), ([0.0, 0.0, 0.0, 0.0], False)])
+def test_what_a_collapse_is(success, collapsed):
+    assert report.is_collapsed(np.array(success)) == collapsed
 
 
 def test_collecting_runs_by_hand(tmp_path, monkeypatch):
