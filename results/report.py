@@ -50,10 +50,7 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "B": ("success", "32 steps per batch",
               ["heavy_st_ppo", "heavy_s_ppo", "heavy_turn_ppo", "heavy_ppo"]),
         "C": ("success", "32 steps, batches 2 iterations old",
-              ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"]),
-        "D": ("success", "the scale of s_ppo, and other cures",
-              ["heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step",
-               "heavy_small_rate", "heavy_small_norm", "heavy_target_kl", "heavy_ppo"])},
+              ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"])},
 }
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
@@ -61,9 +58,7 @@ DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> result
 LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
     "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
     "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
-                 "late_turn_ppo", "late_s_ppo", "late_st_ppo", "heavy_s_triggered",
-                 "heavy_s_relative", "heavy_s_step", "heavy_small_rate", "heavy_small_norm",
-                 "heavy_target_kl"]}
+                 "late_turn_ppo", "late_s_ppo", "late_st_ppo"]}
 CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
     "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
             "eval_distinct_ratio": "distinct answers",
