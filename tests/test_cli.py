@@ -442,14 +442,16 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, script):
         flags |= {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
     args = importlib.import_module(f"algos.{script}").Args
     flags = {name: value for name, value in flags.items() if hasattr(args, name) or name not in NOT_ALL_HAVE}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launch in (("one", command()[:1]), ("two", torchrun)):
-        run = subprocess.run(
-            [*launch, *command(script=script, **flags, run_dir=tmp_path / name / "runs")[1:]],
-            capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
-        assert run.returncode == 0, run.stderr[-2000:]
-        assert run.stdout.count("success") == 5, "one process speaks: 4 evaluations and a summary"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    importlib.import_module(f"algos.{script}").main(args(**flags, run_dir=str(tmp_path / "one/runs")))
+    torch.set_num_threads(threads)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         *command(script=script, **flags, run_dir=tmp_path / "two/runs")[1:]], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("success") == 5, "one process speaks: 4 evaluations and a summary"
     one, two = only_run(tmp_path / "one"), only_run(tmp_path / "two")
     for name, weight in weights(one).items():
         assert torch.allclose(weight, weights(two)[name], atol=1e-5), name
