@@ -440,11 +440,12 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, script):
                      "entropy_coefficient": 0.01}
     if script != "ms_grpo":
         flags |= {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
-    args = importlib.import_module(f"algos.{script}").Args
-    flags = {name: value for name, value in flags.items() if hasattr(args, name) or name not in NOT_ALL_HAVE}
+    module = importlib.import_module(f"algos.{script}")
+    flags = {name: value for name, value in flags.items()
+             if hasattr(module.Args, name) or name not in NOT_ALL_HAVE}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    importlib.import_module(f"algos.{script}").main(args(**flags, run_dir=str(tmp_path / "one/runs")))
+    module.main(module.Args(**flags, run_dir=str(tmp_path / "one/runs")))
     torch.set_num_threads(threads)
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
