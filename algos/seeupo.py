@@ -37,7 +37,7 @@ Deviations and choices
         is). A turn whose episodes all have A = 0 is skipped.
     D5  s is the summed reward of any environment, made for 0 to 1; --reward-mapping plain: R = s.
 
-    python algos/seeupo.py        about MINUTES minutes on 2 CPU cores
+    python algos/seeupo.py        about 2.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
