@@ -52,6 +52,9 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "C": ("success", "32 steps, batches 2 iterations old",
               ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"])},
 }
+PAIRS = {  # algo: arms that are compared besides, the claim's way
+    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
+               for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
                "clip_bias_norm_max", "gradient_scale", "approx_kl", "entropy"]}
@@ -241,14 +244,16 @@ def claim_table(algo: str, claim: str) -> str:
         cells += [f"{column(rows, arm, name).mean():.0f}"
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
-    for arm in arms[1:]:
+    pairs = [(arms[0], arm) for arm in arms[1:]]
+    pairs += [pair for pair in PAIRS.get(algo, []) if set(pair) <= set(arms)]
+    for first, second in pairs:
         parts = []
         for name, words in (("end", "at the end"), ("area", "over the run"),
                             ("tokens", "at equal tokens")):
             if name in heads:
-                low, high = bootstrap(values[arms[0]][name] - values[arm][name])
+                low, high = bootstrap(values[first][name] - values[second][name])
                 parts.append(f"{words} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}")
-        lines.append(f"\n`{arms[0]}` minus `{arm}`: " + "; ".join(parts) + ".")
+        lines.append(f"\n`{first}` minus `{second}`: " + "; ".join(parts) + ".")
     return "\n".join(lines)
 
 
