@@ -101,8 +101,8 @@ class Args(RunArgs):
 
 
 VALUE_CLIP = 0.5  # in Eq. 9
-SUMS = ("turns", "clip_fraction_turn", "tokens", "clip_fraction", "out_of_range", "approx_kl_k1",
-        "approx_kl", "ratio", "ratio_squared", "loss", "value_loss", "entropy")  # of an update
+SUMS = ("loss", "value_loss", "entropy", "clip_fraction", "out_of_range", "approx_kl_k1",
+        "approx_kl", "ratio", "ratio_squared", "turns", "clip_fraction_turn")  # over an update
 
 
 # === 3. Advantages ===============================================================================
@@ -310,22 +310,21 @@ class BatchQueue:
 
 @torch.no_grad()
 def ratio_sums(log_ratio: Tensor, pooled: Tensor, advantages: Tensor, turn_id: Tensor,
-               clip_epsilon: float) -> dict[str, Tensor]:
-    """Sums over the sampled tokens (turns for the first two) of what is logged about the ratios.
+               weights: Tensor, clip_epsilon: float) -> dict[str, Tensor]:
+    """What is logged about the ratios: token means as weighted sums; numbers of turns.
 
-    log_ratio (of the tokens), pooled (log w), advantages, turn_id (B, T) -> name: ()
+    log_ratio (of the tokens), pooled (log w), advantages, turn_id, weights (B, T) -> name: ()
     """
-    mask, ratio = turn_id >= 0, pooled.exp()
     binding = binding_clip(pooled, advantages, clip_epsilon, clip_epsilon)
-    turns = torch.zeros(2, len(mask), int(turn_id.max()) + 2, device=mask.device)
+    turns = torch.zeros(2, len(turn_id), int(turn_id.max()) + 2, device=turn_id.device)
     turns = turns.scatter_reduce(2, (turn_id + 1).expand(2, -1, -1),
-                                 torch.stack([mask, binding]).float(), "amax").sum((1, 2))
+                                 torch.stack([turn_id >= 0, binding]).float(), "amax").sum((1, 2))
     out_of_range = (pooled > np.log1p(clip_epsilon)) | (pooled < np.log1p(-clip_epsilon))
-    values = {"clip_fraction": binding, "out_of_range": out_of_range, "approx_kl_k1": -log_ratio,
-              "approx_kl": log_ratio.exp() - 1 - log_ratio, "ratio": ratio,
-              "ratio_squared": ratio**2}
-    return {"turns": turns[0], "clip_fraction_turn": turns[1], "tokens": mask.sum()} | {
-        name: torch.where(mask, value, 0.0).sum() for name, value in values.items()}
+    means = {"clip_fraction": binding, "out_of_range": out_of_range, "approx_kl_k1": -log_ratio,
+             "approx_kl": log_ratio.exp() - 1 - log_ratio, "ratio": pooled.exp(),
+             "ratio_squared": (2 * pooled).exp()}
+    return {name: (weights * values).sum() for name, values in means.items()} | {
+        "turns": turns[0], "clip_fraction_turn": turns[1]}
 
 
 # === 6. Update ===================================================================================
@@ -340,7 +339,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
     pooling = args.turn_ratio if args.variant in ("turn_ppo", "st_ppo") else "token"
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     gradient, clip_bias = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
-    sums, largest = dict.fromkeys(SUMS, torch.zeros((), device=policy.device)), 0.0
+    sums, largest = torch.zeros(len(SUMS), device=policy.device), 0.0
     for rows in micro_batches(batch, args.micro_batch_tokens):
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
         log_ratio = torch.where(rows["turn_id"] >= 0, logprobs - rows["old_logprobs"], 0.0)
@@ -348,7 +347,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         objective, removed = surrogate_and_clip_bias(pooled, rows["advantages"], rows["weights"],
                                                      args.clip_epsilon)
         stats = ratio_sums(log_ratio, pooled, rows["advantages"], rows["turn_id"],
-                           args.clip_epsilon)
+                           rows["value_weights"], args.clip_epsilon)
         if stats["clip_fraction"] > 0:  # else C is 0
             parts = torch.autograd.grad(removed, parameters, retain_graph=True)
             clip_bias += torch.cat([x.flatten() for x in parts])
@@ -356,17 +355,16 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         error = value_loss(critic(rows), rows["values"], rows["returns"], rows["value_weights"])
         error.backward()
         stats |= {"loss": -objective.detach(), "value_loss": error.detach(),
-                  "entropy": entropy.sum().detach()}
-        sums = {name: total + stats[name] for name, total in sums.items()}
+                  "entropy": (rows["value_weights"] * entropy).sum().detach()}
+        sums += torch.stack([stats[name] for name in SUMS])
         largest = max(largest, log_ratio.abs().max().item())
     largest = all_gather(torch.tensor([largest])).max().item()
-    totals = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values())).double()).tolist(),
-                      strict=True))
+    metrics = dict(zip(SUMS, all_reduce_sum(sums).tolist(), strict=True))
     gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # norms do not add up
     bias_norm, full_norm = clip_bias.norm().item(), (gradient + clip_bias).norm().item()
     scale = 1.0
     if args.variant in ("s_ppo", "st_ppo"):
-        scale = clip_bias_scale(bias_norm, full_norm, totals["clip_fraction"] > 0,
+        scale = clip_bias_scale(bias_norm, full_norm, metrics["clip_fraction"] > 0,
                                 args.clip_bias_scale)
     optimizer.param_groups[0]["lr"] = args.learning_rate * (
         scale if args.scale_target == "step" else 1)
@@ -375,17 +373,14 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         p.grad = part.view_as(p)
     optimizer_step(critic, critic_optimizer, args.max_grad_norm)
     norm = optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
-    tokens, turns = max(totals.pop("tokens"), 1), max(totals.pop("turns"), 1)
-    ratios = totals.pop("ratio"), totals.pop("ratio_squared")
-    loss, error = totals.pop("loss"), totals.pop("value_loss")
-    return {"loss": loss, "value_loss": error,
-            "clip_fraction_turn": totals.pop("clip_fraction_turn") / turns,
-            **{name: total / tokens for name, total in totals.items()},
-            "effective_sample_size": ratios[0] ** 2 / max(tokens * ratios[1], 1e-12),
-            "log_ratio_max": largest, "clip_bias_norm": bias_norm, "full_gradient_norm": full_norm,
-            "clip_bias_share": bias_norm / max(bias_norm + full_norm, 1e-12),
-            "gradient_scale": scale, "scaled_steps": float(scale != 1), "grad_norm": norm,
-            "grad_clipped": float(norm > args.max_grad_norm)}
+    metrics["clip_fraction_turn"] /= max(metrics.pop("turns"), 1)
+    squared = max(metrics.pop("ratio_squared"), 1e-12)
+    return metrics | {
+        "effective_sample_size": metrics.pop("ratio") ** 2 / squared, "log_ratio_max": largest,
+        "clip_bias_norm": bias_norm, "full_gradient_norm": full_norm,
+        "clip_bias_share": bias_norm / max(bias_norm + full_norm, 1e-12),
+        "gradient_scale": scale, "scaled_steps": float(scale != 1), "grad_norm": norm,
+        "grad_clipped": float(norm > args.max_grad_norm)}
 
 
 # === 7. Main =====================================================================================
@@ -435,8 +430,8 @@ def main(args: Args) -> dict[str, float]:
             mask, episode_id = batch["turn_id"] >= 0, batch["episode_id"]
 
             # 3. advantages (B, T)
-            batch["values"] = batch_values(critic, batch, args)
             turn_rewards = batch.pop("turn_rewards")
+            batch["values"] = batch_values(critic, batch, args)
             if args.bootstrap_truncated:  # one more column, for after the last turn
                 final_values = batch_values(critic, oldest["after"], args).sum(1)[episode_id]
                 turn_rewards = torch.cat([turn_rewards, args.discount * final_values[:, None]], 1)
