@@ -115,15 +115,17 @@ run seeupo desk_unweighted --no-sequential-weights
 run seeupo desk_released --ratio-base before_turn --factor-clip 0.2 --advantage-clamp 3
 run seeupo desk_gspo_8 "${together[@]}" --steps-per-turn 8
 run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio-pooling token
-run seeupo desk_gspo_1 "${together[@]}" --learning-rate 1e-3
-run seeupo desk_grpo_1 "${together[@]}" --learning-rate 1e-3 --ratio-pooling token
+run seeupo desk_gspo_1 "${together[@]}" --learning-rate 3e-4
+run seeupo desk_grpo_1 "${together[@]}" --learning-rate 3e-4 --ratio-pooling token
 run seeupo question_reverse "${question[@]}"
 run seeupo question_natural "${question[@]}" --order natural
 run seeupo question_random "${question[@]}" --order random
 run seeupo question_unweighted "${question[@]}" --no-sequential-weights
 run seeupo question_gspo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6
 run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 --ratio-pooling token
-run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
+run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 3e-4
+run seeupo desk_no_scale --advantage-scale none
+run seeupo desk_group_std --advantage-scale group_std
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi
