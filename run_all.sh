@@ -107,7 +107,7 @@ run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
 # SeeUPO: order and weights (A; desk_reverse is the default run), all turns in one step (B), both on questions
 # (C). gspo and grpo: the ratio of a turn or of a token; 8 or 6: as many optimizer steps as the longest episode has turns.
 together=(--order together)
-question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8)
+question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8 --learning-rate 3e-4)
 run seeupo desk_reverse
 run seeupo desk_natural --order natural
 run seeupo desk_random --order random
@@ -123,7 +123,7 @@ run seeupo question_random "${question[@]}" --order random
 run seeupo question_unweighted "${question[@]}" --no-sequential-weights
 run seeupo question_gspo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6
 run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 --ratio-pooling token
-run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 3e-4
+run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
 run seeupo desk_no_scale --advantage-scale none
 run seeupo desk_group_std --advantage-scale group_std
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
