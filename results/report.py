@@ -51,6 +51,16 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
               ["heavy_st_ppo", "heavy_s_ppo", "heavy_turn_ppo", "heavy_ppo"]),
         "C": ("success", "32 steps, batches 2 iterations old",
               ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"])},
+    "seeupo": {
+        "A": ("success", "tool desk: order and weights",
+              ["desk_reverse", "desk_natural", "desk_random", "desk_unweighted", "desk_released"]),
+        "B": ("success", "tool desk: all turns in one step",
+              ["desk_reverse", "desk_gspo_8", "desk_grpo_8", "desk_gspo_1", "desk_grpo_1"]),
+        "C": ("success", "questions",
+              ["question_reverse", "question_natural", "question_random", "question_unweighted",
+               "question_gspo_6", "question_grpo_6", "question_gspo_1"]),
+        "D": ("success", "tool desk: what divides the advantage",
+              ["desk_reverse", "desk_no_scale", "desk_group_std"])},
 }
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
@@ -98,6 +108,11 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                "scaled_steps": ("mean", "scaled steps"), "gradient_scale": ("mean", None),
                "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
                "explained_variance": ("mean", None), "grad_clipped": ("mean", None)},
+    "seeupo": {"weights_outside": ("mean", "M / A outside 0.8 .. 1.2"),
+               "ratio_drift": ("mean", "ratio drift"), "clip_fraction": ("mean", "clip fraction"),
+               "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
+               "groups_without_signal": ("mean", None), "garbage": ("mean", None),
+               "weight_max": ("mean", None)},
 }
 
 
@@ -240,7 +255,8 @@ def claim_table(algo: str, claim: str) -> str:
             *(lambda d: (d.mean(), *bootstrap(d)))(values[arm]["end"] - values[arms[0]]["end"]))
         cells = [f"`{arm}`", str(len(values[arm]["end"])),
                  *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in map(values[arm].get, heads)),
-                 against, *(f"{column(rows, arm, name).mean():.2f}" for name in extra)]
+                 against, *(f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
+                            for x in (column(rows, arm, name).mean() for name in extra))]
         cells += [f"{column(rows, arm, name).mean():.0f}"
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -318,7 +334,8 @@ def readme_table() -> str:
                                    ("turn_budget", "think_turn", "think search (default)"),
                                    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
                                    ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
-                                   ("st_ppo", "desk_st_ppo", "tool desk (default)")]:
+                                   ("st_ppo", "desk_st_ppo", "tool desk (default)"),
+                                   ("seeupo", "desk_reverse", "tool desk (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")
         cells = [f"[`{algo}`](docs/{algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
