@@ -5,12 +5,14 @@ import importlib
 import gymnasium as gym
 
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
+gym.register("turnrl/GuessMyCity-v0", entry_point="envs.twenty_questions:GuessMyCity")
 gym.register("turnrl/RetryMath-v0", entry_point="envs.retry_math:RetryMath")
 gym.register("turnrl/SearchQA-v0", entry_point="envs.search_qa:SearchQA")
 gym.register("turnrl/Snake-v0", entry_point="envs.snake:Snake")
 gym.register("turnrl/ThinkSearch-v0", entry_point="envs.think_search:ThinkSearch")
 gym.register("turnrl/ToolDesk-v0", entry_point="envs.tool_desk:ToolDesk")
 gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
+gym.register("turnrl/TwentyQuestions-v0", entry_point="envs.twenty_questions:TwentyQuestions")
 
 
 def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:

@@ -19,8 +19,10 @@ from envs.text_env import CHARSET, EVALUATION_SEEDS, parse_action
 from envs.think_search import ThinkSearch
 from envs.tool_desk import ToolDesk
 from envs.toy_text import ToyText
+from envs.twenty_questions import GuessMyCity, TwentyQuestions
 
-OURS = [FrozenLake, Snake, SearchQA, RetryMath, ThinkSearch, ToolDesk, ToyText]
+OURS = [FrozenLake, Snake, SearchQA, RetryMath, ThinkSearch, ToolDesk, ToyText, TwentyQuestions, GuessMyCity]
+GUESSING = (TwentyQuestions, GuessMyCity)  # games of a rule that ends them, with one first text
 VARIANTS = [
     lambda: FrozenLake(), lambda: FrozenLake(size=6, max_turns=15, slippery=True),
     lambda: FrozenLake(author_text=True, tagged=True), lambda: FrozenLake(coordinates=True),
@@ -33,12 +35,13 @@ VARIANTS = [
     lambda: ThinkSearch("turns", max_turns=5, format_penalty=1.0),
     lambda: SearchQA("parts", format_penalty=1.0, extra_turns=1),
     lambda: ToolDesk(), lambda: ToolDesk(num_orders=5, num_requests=2),
+    lambda: TwentyQuestions(), lambda: TwentyQuestions(10), lambda: GuessMyCity(),
     *[lambda game=game: ToyText(game) for game in known_ids() if not game.startswith("turnrl/")]]
 
 
 def scripted(env, rng, noise):
     """The next action of the scripted player; some have their own, fixed noise."""
-    own = type(env) in (RetryMath, ThinkSearch, ToolDesk)
+    own = type(env) in (RetryMath, ThinkSearch, ToolDesk, *GUESSING)
     return env.demonstrate(rng) if own else env.demonstrate(rng, noise=noise)
 
 
@@ -67,10 +70,12 @@ def test_long_noisy_play_stays_inside_the_spaces_and_ends(make):
         observations, rewards, end, info = play(env, seed, rng)
         assert all(observation in env.observation_space for observation in observations)
         assert all(type(reward) is float and np.isfinite(reward) for reward in rewards)
-        assert len(rewards) <= getattr(env, "max_turns", 11) and list(end).count(True) == 1
+        assert len(rewards) <= getattr(env, "max_turns", 20 if type(env) in GUESSING else 11) and list(end).count(True) == 1
         assert type(info["success"]) is bool and info.get("legal_actions", ["any"])
         ends.add(tuple(end))
-    if type(env) not in (ToyText, RetryMath) and getattr(env, "look", 1) > 0:
+    if type(env) in GUESSING:
+        assert ends == {(True, False)}
+    elif type(env) not in (ToyText, RetryMath) and getattr(env, "look", 1) > 0:
         assert ends == {(True, False), (False, True)}, "both ends must occur"
 
 
@@ -84,7 +89,7 @@ def test_any_text_is_an_action_and_costs_the_penalty(make):
     for text in texts:
         observation, reward, terminated, truncated, info = env.step(text)
         assert info["invalid_action"]
-        assert any(word in observation for word in ("Unknown action", "unknown", "No answer found")) or (
+        assert any(word in observation for word in ("Unknown action", "unknown", "No answer found", "Invalid")) or (
             type(env) is ThinkSearch and truncated)
         assert observation in env.observation_space
         if terminated or truncated:
@@ -93,7 +98,7 @@ def test_any_text_is_an_action_and_costs_the_penalty(make):
     free = make()
     free.format_penalty = 0.0
     free.reset(seed=2)
-    penalty = 0.0 if type(env) is ToolDesk else 1.0  # which knows none
+    penalty = 0.0 if type(env) in (ToolDesk, *GUESSING) else 1.0  # which know none
     assert env.step("?")[1] == pytest.approx(free.step("?")[1] - penalty)
 
 
@@ -109,7 +114,9 @@ def test_a_seed_determines_the_episode(make):
 @pytest.mark.parametrize("make", [v for v in VARIANTS if type(v()) is not ToyText])
 def test_another_seed_gives_another_instance(make):
     env = make()
-    assert len({env.reset(seed=seed)[0] for seed in range(20)}) > 10
+    starts = {(first, info["answer"] if type(env) in GUESSING else "")
+              for first, info in (env.reset(seed=seed) for seed in range(20))}
+    assert len(starts) > (6 if type(env) in GUESSING else 10)
 
 
 @pytest.mark.parametrize("make", VARIANTS)
