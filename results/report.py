@@ -50,7 +50,11 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "B": ("success", "32 steps per batch",
               ["heavy_st_ppo", "heavy_s_ppo", "heavy_turn_ppo", "heavy_ppo"]),
         "C": ("success", "32 steps, batches 2 iterations old",
-              ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"])},
+              ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"]),
+        "D": ("success", "32 steps: how s_ppo scales",
+              ["heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step"]),
+        "E": ("success", "32 steps: other cures",
+              ["heavy_ppo", "heavy_small_rate", "heavy_small_norm", "heavy_target_kl"])},
     "seeupo": {
         "A": ("success", "tool desk: order and weights",
               ["desk_reverse", "desk_natural", "desk_random", "desk_unweighted", "desk_released"]),
@@ -71,7 +75,9 @@ DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> result
 LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
     "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
     "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
-                 "late_turn_ppo", "late_s_ppo", "late_st_ppo"]}
+                 "late_turn_ppo", "late_s_ppo", "late_st_ppo", "heavy_s_triggered",
+                 "heavy_s_relative", "heavy_s_step", "heavy_small_rate", "heavy_small_norm",
+                 "heavy_target_kl"]}
 CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
     "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
             "eval_distinct_ratio": "distinct answers",
