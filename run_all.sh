@@ -85,7 +85,8 @@ hopeless='{"regime": "hopeless"}'
 run igpo hopeless_both --env-kwargs "$hopeless"
 run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome
 # ST-PPO: four variants with 2 optimizer steps per batch (A; desk_st_ppo is the default run), with 32 (B),
-# with 32 on batches of two iterations ago (C); other scales and cures (D); how far PPO was pushed (ladder).
+# with 32 on batches of two iterations ago (C); how s_ppo scales (D), other cures (E); how far PPO was
+# pushed (ladder).
 heavy=(--num-epochs 4 --num-minibatches 8)
 for variant in st_ppo s_ppo turn_ppo ppo; do
     run st_ppo desk_$variant --variant $variant
@@ -105,7 +106,8 @@ run st_ppo heavy_small_rate --variant ppo --learning-rate 3e-4 "${heavy[@]}"
 run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
 run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
 # SeeUPO: order and weights (A; desk_reverse is the default run), all turns in one step (B), both on questions
-# (C). gspo and grpo: the ratio of a turn or of a token; 8 or 6: as many optimizer steps as the longest episode has turns.
+# (C), what divides the advantage (D). gspo and grpo: the ratio of a turn or of a token; 8 or 6: as many
+# optimizer steps as the longest episode has turns.
 together=(--order together)
 question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8 --learning-rate 3e-4)
 run seeupo desk_reverse
