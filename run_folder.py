@@ -32,7 +32,7 @@ from utils import (
 )
 
 MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
-               "forks", "final_reserve", "staleness"}
+               "forks", "final_reserve", "staleness", "actor_warm_up"}
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "eval_only", "save_every", "run_dir", "track",
                         "compile", "print_samples", "micro_batch_tokens", "device"}
 

@@ -1,0 +1,559 @@
+"""The mathematics of ArCHer against hand-worked numbers, fixed points and slow loops."""
+
+import copy
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from algos import archer
+from algos.archer import (
+    Args, Critic, ReplayBuffer, TurnCritic, actor_objective, best_turns, critic_errors, critic_update,
+    fresh_answers, main, polyak_update, q_targets, token_baseline_loss, turn_returns, turn_values, turns_of,
+    update, utterance_advantages,
+)
+from conftest import KeepGradient
+from envs.episodes import Episode, Turn
+from envs.twenty_questions import TwentyQuestions
+from utils import Policy, load_policy, make_tiny, sample_tokens, token_logprobs
+
+CPU = torch.device("cpu")
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.double)
+
+
+# --- Eq. 1-3: the critic's targets and loss ------------------------------------------------------
+REWARDS, DONE = double([-1, -1, 0]), torch.tensor([False, False, True])
+NEXT = double([[-3, -3.4], [-2, -1.5], [5, 7]])  # Vbar of both heads
+Q, TARGET_Q = double([[-3.5, -4], [-3, -2], [-0.5, -0.2]]), double([[-3.6, -3.9], [-2.2, -2.6], [-0.3, -0.1]])
+V = double([[-3, -4], [-2.5, -2], [0, -0.4]])
+
+
+def test_every_head_has_its_own_target_and_the_end_has_none():
+    y = q_targets(REWARDS, DONE, NEXT, 0.95)
+    assert y.tolist() == [pytest.approx(row) for row in ([-3.85, -4.23], [-2.9, -2.425], [0, 0])]  # min: -4.23, -2.9
+    NOTHING = torch.where(DONE[:, None], math.nan, NEXT)
+    assert torch.equal(q_targets(REWARDS, DONE, NOTHING, 0.95), y), "what follows the end does not matter"
+
+
+def test_the_critic_s_loss_by_hand():
+    q = Q.clone().requires_grad_()
+    errors = critic_errors(q, q_targets(REWARDS, DONE, NEXT, 0.95), V, TARGET_Q)
+    assert errors.shape == (3,) and errors.mean().item() == pytest.approx(0.5520083333)
+    errors.mean().backward()
+    assert q.grad[:, 0].tolist() == pytest.approx([0.233333, -0.066667, -0.333333], abs=1e-6)
+    zero = torch.zeros(3, 1).double()
+    y = q_targets(REWARDS, DONE, NEXT, 0.95)
+    for head, of_q, of_v in ((0, 0.1275, 0.18), (1, 0.091175, 0.1533333)):
+        assert critic_errors(Q[:, head:][:, :1], y[:, head:][:, :1], zero, zero).mean() == pytest.approx(of_q)
+        assert critic_errors(zero, zero, V[:, head:][:, :1], TARGET_Q[:, head:][:, :1]).mean() == pytest.approx(of_v)
+
+
+def test_the_expectile_weighs_a_value_that_is_too_low_more():
+    difference = double([[-0.6, 0.1], [0.3, -0.6], [-0.3, 0.3]])
+    zero = torch.zeros_like(difference)
+    assert critic_errors(zero, zero, zero, difference, 0.9).mean() == pytest.approx(0.084)
+    head = difference[:, :1]
+    assert critic_errors(zero[:, :1], zero[:, :1], zero[:, :1], head, 0.5).mean() == pytest.approx(0.09)
+    assert critic_errors(head, zero[:, :1], zero[:, :1], zero[:, :1], 0.9).mean() == pytest.approx(0.18), "not of Q"
+
+
+def test_the_target_moves_by_its_rate_after_every_step():
+    online, target = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(target.weight)
+    online.weight.data = torch.tensor([[1.0, -2.0]])
+    for expected in ([0.1, -0.2], [0.19, -0.38], [0.271, -0.542]):
+        polyak_update(target, online, 0.1)
+        assert target.weight[0].tolist() == pytest.approx(expected)
+    torch.nn.init.zeros_(target.weight)
+    for value, expected in ((1.0, 0.1), (2.0, 0.29), (4.0, 0.661)):
+        online.weight.data.fill_(value)
+        polyak_update(target, online, 0.1)
+        assert target.weight[0].tolist() == pytest.approx([expected] * 2)
+    polyak_update(target, online, 1.0)
+    assert torch.equal(target.weight, online.weight) and target.weight.grad is None
+
+
+class Table(torch.nn.Module):
+    """Q and V of a few situations, as parameters."""
+
+    def __init__(self, *shapes, start=0.0):
+        super().__init__()
+        self.q, self.v = (torch.nn.Parameter(torch.full(shape, start).double()) for shape in shapes)
+
+
+def chain(turns: int, rate: float):
+    """A chain of turns that cost 1 each; Q and V are set to their targets, then the target moves."""
+    online, target = Table((turns, 1), (turns, 1)), Table((turns, 1), (turns, 1))
+    done = torch.arange(turns) == turns - 1
+    while True:
+        following = torch.cat([target.v[1:], torch.zeros(1, 1)])
+        q, v = q_targets(-torch.ones(turns).double(), done, following, 0.95), target.q.detach().clone()
+        online.q.data, online.v.data = q, v
+        polyak_update(target, online, rate)
+        yield q[:, 0].tolist(), v[:, 0].tolist()
+
+
+def test_both_targets_come_from_the_slow_copy():
+    steps = list(itertools.islice(chain(3, 0.1), 5))
+    for n, q, v in ((3, [-1.0095, -1.0095, -1], [-0.19] * 3),
+                    (5, [-1.049775, -1.049685, -1], [-0.347415, -0.347415, -0.3439])):
+        assert steps[n - 1][0] == pytest.approx(q) and steps[n - 1][1] == pytest.approx(v)
+
+
+@pytest.mark.parametrize("rate,expected", [(1.0, 38), (0.2, 190), (0.1, 382)])
+def test_how_long_the_critic_needs_to_know_the_start(rate, expected):
+    """The default warm-up, 2 K / rate steps, is enough for 20 turns."""
+    true = -sum(0.95**k for k in range(20))
+    steps = next(n for n, (_, v) in enumerate(chain(20, rate), 1) if abs(v[0] - true) < 0.05 * abs(true))
+    assert steps == expected <= 2 * 20 / rate
+
+
+def test_the_coin_game_s_fixed_point():
+    """A hidden bit; ask, or guess 0 or 1; every turn but the right guess costs 1, two turns, and after the
+    first the bit is known. Exact expectations under the uniform policy, two heads from other starts."""
+    online, target = Table((2, 3, 2), (2, 2)), Table((2, 3, 2), (2, 2))
+    torch.nn.init.normal_(online.q, generator=torch.Generator().manual_seed(0))
+    target.load_state_dict(online.state_dict())
+    # (situation 0: unknown, 1: known), action (ask, right or 0, wrong or 1), reward, done, share
+    rows = [(0, 0, -1, False, 1.0), (0, 1, 0, True, 0.5), (0, 1, -1, False, 0.5), (0, 2, 0, True, 0.5),
+            (0, 2, -1, False, 0.5), (1, 0, -1, True, 1.0), (1, 1, 0, True, 1.0), (1, 2, -1, True, 1.0)]
+    at, action, rewards, done, share = (torch.tensor(x) for x in zip(*rows, strict=True))
+    optimizer = torch.optim.SGD(online.parameters(), lr=0.5)
+    for _ in range(400):
+        y = q_targets(rewards.double(), done, target.v[torch.ones(8).long()], 0.95)
+        errors = critic_errors(online.q[at, action], y, torch.zeros(8, 2), torch.zeros(8, 2))
+        values = critic_errors(torch.zeros(2, 2), torch.zeros(2, 2), online.v, target.q.detach().mean(1))
+        ((share * errors).sum() + values.sum()).backward()
+        optimizer.step(), optimizer.zero_grad()
+        polyak_update(target, online, 0.1)
+    for head in range(2):
+        assert online.v[:, head].tolist() == pytest.approx([-1.0888889, -0.6666667], abs=1e-6)
+        assert online.q[0, :, head].tolist() == pytest.approx([-1.6333333, -0.8166667, -0.8166667], abs=1e-6)
+    advantages = utterance_advantages(online.q.reshape(6, 2), online.v.repeat_interleave(3, 0))
+    assert advantages.tolist() == pytest.approx(
+        [-0.5444444, 0.2722222, 0.2722222, -1 / 3, 2 / 3, -1 / 3], abs=1e-6)
+    logits = torch.zeros(1, 3, dtype=torch.double, requires_grad=True)
+    logprobs = logits.log_softmax(1)[0][:, None]  # three answers of one token
+    actor_objective(logprobs, advantages[:3, None], torch.zeros(3, 1).long(), torch.full((3,), 1 / 3).double()).backward()
+    assert logits.grad[0].tolist() == pytest.approx([-0.1814815, 0.0907407, 0.0907407], abs=1e-6)
+
+
+# --- Eq. 5-10: advantages and what the policy is trained on --------------------------------------
+
+
+def test_the_lower_head_of_both_is_taken_apart():
+    y = utterance_advantages(Q, V)  # mean: -.25, -.25, -.15; one minimum: -.5, -.5, -.5
+    assert y.tolist() == pytest.approx([0, -0.5, -0.1])
+    assert torch.allclose(utterance_advantages(Q + 3, V + 3), y), "a constant of both does not matter"
+    assert torch.equal(utterance_advantages(Q.flip(1), V), y) and torch.equal(utterance_advantages(Q, V.flip(1)), y)
+    assert utterance_advantages(Q[:, :1], V[:, :1]).tolist() == pytest.approx([-0.5, -0.5, -0.5]), "one critic"
+
+
+LOGPROBS = double([[-0.5, -1, -0.25], [-2, -0.1, -9]])
+TURN_ID = torch.tensor([[0, 0, 0], [0, 0, -1]])
+HALF = double([0.5, 0.5])
+
+
+def test_the_tokens_of_an_answer_are_summed():
+    credit = double([[0.5], [-0.4]])
+    assert -actor_objective(LOGPROBS, credit, TURN_ID, HALF).item() == pytest.approx(0.0175)  # mean: -.0641667
+    broken = torch.where(TURN_ID < 0, -math.inf, LOGPROBS)
+    assert -actor_objective(broken, credit, TURN_ID, HALF).item() == pytest.approx(0.0175)
+
+
+def test_the_gradient_of_one_token():
+    logits = double([[0.2, -0.1, 0.4]]).requires_grad_()
+    loss = -actor_objective(logits.log_softmax(1)[:, 2:], double([[-0.7]]), torch.zeros(1, 1).long(), double([1.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.6201575)
+    assert logits.grad[0].tolist() == pytest.approx([-0.236309, -0.175062, 0.411371], abs=1e-6)
+
+
+def test_only_the_fresh_answer_with_its_end_is_trained():
+    logprobs = double([[0, -9, -9, -9, 0, 0, -0.1, -0.2, -0.3, -0.4]])
+    turn_id = torch.tensor([[-1] * 6 + [3] * 4])
+    assert -actor_objective(logprobs, double([[2.0]]), turn_id, double([1.0])).item() == pytest.approx(2.0)
+
+
+def test_a_token_s_baseline_by_hand():
+    baseline = double([[0.1, 0.2, 0.4], [-0.3, 0, 0.9]]).requires_grad_()
+    advantages = double([0.5, -0.4])
+    mask = TURN_ID >= 0
+    loss = token_baseline_loss(baseline, advantages, mask / mask.sum())
+    assert loss.item() == pytest.approx(0.086)  # with the padding: .0716667
+    credit = advantages[:, None] - baseline.detach()
+    assert -actor_objective(LOGPROBS, credit, TURN_ID, HALF).item() == pytest.approx(0.1425)
+    loss.backward()
+    assert baseline.grad[1, 2] == 0 and baseline.grad[0, 0].item() == pytest.approx(2 * (0.1 - 0.5) / 5)
+
+
+def test_advantage_weights_by_hand():
+    credit = double([0.5, -0.4]).exp()[:, None]
+    assert credit[:, 0].tolist() == pytest.approx([1.648721, 0.670320], abs=1e-6)
+    assert -actor_objective(LOGPROBS, credit, TURN_ID, HALF).item() == pytest.approx(2.1464672)
+
+
+@pytest.mark.parametrize("rewards,expected", [
+    ([-1, -1, -1, 0], [-2.8525, -1.95, -1, 0]), ([-1, 0, 2], [0.805, 1.9, 2])])
+def test_returns_to_go(rewards, expected):
+    padded, mask = torch.tensor([[*rewards, 7.0]]), torch.tensor([[True] * len(rewards) + [False]])
+    assert turn_returns(padded, mask, 0.95)[0].tolist() == pytest.approx([*expected, 0])
+
+
+def test_the_best_episodes_are_those_above_a_quantile_of_episodes_not_of_turns():
+    returns = torch.tensor([-20.0, -20, -17, -12, -9, -20, -15, -4, -4, -20])
+    turns = torch.tensor([20, 20, 18, 13, 10, 20, 16, 5, 5, 20])
+    of_turns = returns.repeat_interleave(turns)
+    first = torch.cat([torch.tensor([1.0] + [0.0] * (n - 1)) for n in turns.tolist()])
+    kept = best_turns(of_turns, first, 0.9)
+    assert kept.sum() == 10 and torch.equal(kept, of_turns == -4)
+    assert best_turns(torch.full((10,), -20.0), torch.ones(10), 0.9).all(), "equal ones are all kept"
+    assert best_turns(of_turns, first, 0.0).all()
+
+
+# --- the buffer of turns -------------------------------------------------------------------------
+GAMES = {  # answer of the game: what is asked; a dog is found, a pen is not, a ring is cut by a cap
+    "dog": ["Is the object soft?", "Is the object a dog?"],
+    "pen": ["Is the object big?", "Is the object a dog?", "What?"], "ring": ["Is the object a"]}
+
+
+def played(policy: Policy) -> list[Episode]:
+    """The games above, token by token as a policy would have sampled them."""
+    episodes = []
+    for answer, actions in GAMES.items():
+        env = TwentyQuestions()
+        observation, info = env.reset(seed=0, options={"answer": answer})
+        episode = Episode(0, observation, info=info)
+        for action in actions:
+            ids, starts_row = policy.prompt(episode, None)
+            tokens = policy.encode(action) + [policy.end_id] * (answer != "ring")
+            episode.answer(env, Turn(episode.observation, action, ids, starts_row, tokens, [0.0] * len(tokens)))
+        episode.truncated = not episode.terminated
+        episodes.append(episode)
+    return episodes
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    words = [*TwentyQuestions().known.values(), "Questions:", "Yes.", "No.", "Invalid question."]
+    return Policy(*make_tiny(Args(tiny_init_std=0.3), words * 9), "cpu")
+
+
+@pytest.fixture
+def buffer(policy) -> ReplayBuffer:
+    buffer = ReplayBuffer(100)
+    buffer.push(*turns_of(policy, played(policy), Args()))
+    return buffer
+
+
+def texts(policy, buffer, index) -> list[tuple[str, str, str]]:
+    """State, answer and what follows of some turns, as text."""
+    batch = buffer.draw(np.array(index), CPU)
+    parts = []
+    for i in range(len(index)):
+        ends = [0, *(int(batch[name][i]) for name in ("state_end", "answer_end", "lengths"))]
+        parts.append(tuple(policy.tokenizer.decode(batch["tokens"][i, a:b]) for a, b in itertools.pairwise(ends)))
+    return parts
+
+
+def test_a_turn_is_its_state_its_answer_and_what_comes_before_the_next(policy, buffer):
+    u, a, e = "<|user|>", "<|assistant|>", "<|end|>"
+    first, soft, no = f"{u}Questions:{a}", f"Is the object soft?{e}", f"{u}No.{a}"
+    dog, big, what = (f"{words}{e}" for words in ("Is the object a dog?", "Is the object big?", "What?"))
+    assert texts(policy, buffer, range(6)) == [
+        (first, soft, f"{u}Yes.{a}"), (f"{first}{soft}{u}Yes.{a}", dog, ""),
+        (first, big, no), (f"{first}{big}{no}", dog, no),
+        (f"{first}{big}{no}{dog}{no}", what, f"{u}Invalid question.{a}"),
+        (first, "Is the object a", f"{e}{u}Invalid question.{a}")]
+    batch = buffer.draw(np.arange(6), CPU)
+    assert batch["rewards"].tolist() == [-1, 0, -1, -1, -1, -1]
+    assert batch["done"].tolist() == [False, True, False, False, False, False]
+    assert batch["returns"].tolist() == pytest.approx([-1, 0, -2.8525, -1.95, -1, -1])
+    assert batch["episode_return"].tolist() == [-1, -1, -3, -3, -3, -1]
+    assert batch["first"].tolist() == [1, 0, 1, 0, 0, 1]
+
+
+def test_the_marked_tokens_are_the_answer_with_its_end(policy, buffer):
+    batch = buffer.draw(np.array([3, 5]), CPU)
+    for i, text in enumerate([f"Is the object a dog?{'<|end|>'}", "Is the object a"]):
+        assert policy.tokenizer.decode(batch["tokens"][i][batch["turn_id"][i] >= 0]) == text
+    assert (batch["turn_id"] <= 0).all()
+
+
+@pytest.mark.parametrize("flags,overflowed,done", [
+    ({}, False, False), ({"bootstrap_truncated": False}, False, True), ({}, True, True)])
+def test_what_ends_the_bootstrap(policy, flags, overflowed, done):
+    """A limit of time goes on unless told otherwise; a full context has no next prompt."""
+    episodes = played(policy)
+    episodes[1].overflowed = overflowed
+    buffer = ReplayBuffer(100)
+    buffer.push(*turns_of(policy, episodes, Args(**flags)))
+    assert buffer.draw(np.arange(6), CPU)["done"].tolist() == [False, True, False, False, done, done and not overflowed]
+    assert (texts(policy, buffer, [4])[0][2] == "") == done
+
+
+def test_the_oldest_turns_make_room(policy):
+    turns, small = turns_of(policy, played(policy), Args()), ReplayBuffer(4)
+    for _ in range(3):
+        small.push(*turns)
+    whole = ReplayBuffer(100)
+    whole.push(*turns)
+    assert len(small) == 4 and texts(policy, small, range(4)) == texts(policy, whole, range(2, 6))
+    assert len(small.tokens) == small.table[:, 0].sum()
+    other = ReplayBuffer(4)
+    other.load_state_dict(copy.deepcopy(small.state_dict()))
+    assert texts(policy, other, [3, 0, 3]) == texts(policy, whole, [5, 2, 5])
+
+
+# --- the critic ----------------------------------------------------------------------------------
+@pytest.fixture
+def critic(policy) -> TurnCritic:
+    torch.manual_seed(0)
+    return TurnCritic(policy, num_critics=2, num_layers=2)
+
+
+def test_v_is_blind_to_the_answer_and_q_is_not(policy, buffer, critic):
+    batch = buffer.draw(np.array([4]), CPU)
+    q, v, _ = critic(batch)
+    for name, same_v in (("state_end", True), ("lengths", False)):
+        other = batch | {"tokens": batch["tokens"].clone()}
+        other["tokens"][0, batch["state_end"] - (0 if name == "state_end" else 1)] += 1
+        changed_q, changed_v, _ = critic(other)
+        assert torch.equal(changed_v, v) == same_v and not torch.allclose(changed_q, q, atol=1e-4)
+
+
+def test_what_follows_does_not_reach_q(buffer, critic):
+    batch = buffer.draw(np.array([4]), CPU)
+    other = batch | {"tokens": batch["tokens"].clone()}
+    other["tokens"][0, batch["answer_end"]] += 1
+    assert torch.equal(critic(other)[0], critic(batch)[0])
+    assert not torch.equal(critic(other)[2], critic(batch)[2])
+
+
+def test_the_value_of_what_follows_is_that_of_the_next_state(policy, buffer, critic):
+    _, v, next_v = turn_values(critic, buffer.draw(np.arange(6), CPU), Args())
+    for turn in (0, 2, 3):
+        assert torch.allclose(next_v[turn], v[turn + 1], atol=1e-5)
+    assert v.std(0).min() > 1e-3 and (v[:, 0] - v[:, 1]).abs().min() > 1e-4, "heads and states differ"
+
+
+def test_the_critic_does_not_see_padding_or_other_rows(buffer, critic):
+    whole = torch.stack(turn_values(critic, buffer.draw(np.arange(6), CPU), Args()))
+    for split in (Args(micro_batch_tokens=1), Args(micro_batch_tokens=40)):
+        assert torch.allclose(torch.stack(turn_values(critic, buffer.draw(np.arange(6), CPU), split)), whole, atol=1e-5)
+    alone = torch.cat([torch.stack(critic(buffer.draw(np.array([i]), CPU))) for i in range(6)], 1)
+    assert torch.allclose(alone, whole, atol=1e-5)
+
+
+def test_the_critic_has_its_own_parameters(policy, critic):
+    ours = {p.data_ptr() for p in critic.parameters()}
+    assert not ours & {p.data_ptr() for p in policy.model.parameters()}
+    assert len(critic.trunk.layers) == 2 and len(policy.model.model.layers) == 4
+    q, v, next_v = critic({name: torch.tensor([[4, 5, 6]]) if name == "tokens" else torch.tensor([n])
+                           for name, n in (("tokens", 0), ("state_end", 1), ("answer_end", 2), ("lengths", 3))})
+    (q.sum() + v.sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in critic.named_parameters())
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+# --- fresh answers -------------------------------------------------------------------------------
+@pytest.mark.parametrize("tokens", [10**6, 30])
+def test_fresh_answers_are_those_of_a_rollout_from_the_same_state(policy, buffer, tokens):
+    """The same uniform numbers give the same tokens, whatever the other rows are."""
+    turns = buffer.draw(np.array([4, 0, 3, 2, 4]), CPU)
+    uniforms = torch.tensor(np.random.default_rng(0).random((5, 9)))
+    fresh = fresh_answers(policy, turns, uniforms, Args(max_turn_tokens=9, micro_batch_tokens=tokens))
+    for i in range(5):
+        end, length = int(turns["state_end"][i]), int(fresh["lengths"][i])
+        assert fresh["tokens"][i, :end].tolist() == turns["tokens"][i, :end].tolist()
+        row, answer = fresh["tokens"][i, :end].tolist(), []
+        for u in uniforms[i]:
+            logits = policy.forward(torch.tensor([row + answer]), use_cache=False)[0, -1:]
+            answer.append(sample_tokens(logits, 1.0, u[None])[0].item())
+            if answer[-1] == policy.end_id:
+                break
+        assert fresh["tokens"][i, end:length].tolist() == answer
+        assert (fresh["turn_id"][i] >= 0).nonzero()[:, 0].tolist() == list(range(end, length))
+        assert fresh["answer_end"][i] == length and fresh["state_end"][i] == end
+
+
+def test_an_answer_is_cut_by_the_cap(policy, buffer):
+    fresh = fresh_answers(policy, buffer.draw(np.arange(6), CPU), torch.full((6, 3), 0.5).double(),
+                          Args(max_turn_tokens=3))
+    assert ((fresh["turn_id"] >= 0).sum(1) <= 3).all()
+
+
+# --- updates -------------------------------------------------------------------------------------
+def test_the_critic_s_update_uses_the_fresh_answers_and_the_slow_copy(policy, buffer, critic, monkeypatch):
+    args, target = Args(critic_batch_turns=6), TurnCritic(policy, 2, 2)
+    turns = buffer.draw(np.arange(6), CPU)
+    fresh = fresh_answers(policy, turns, torch.rand(6, 12).double(), args)
+    before, slow = copy.deepcopy(critic), copy.deepcopy(target)
+    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), turns, fresh, args)
+    q, v, _ = before(turns)
+    _, _, next_v = slow(turns)
+    fresh_q, _, _ = slow(fresh)
+    y = turns["rewards"][:, None] + 0.95 * next_v * ~turns["done"][:, None]
+    loss = (((q - y) ** 2).sum(1) + ((v - fresh_q) ** 2).sum(1)).mean()
+    assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    gradient = torch.autograd.grad(((q - y.detach()) ** 2 + (v - fresh_q.detach()) ** 2).sum() / 6,
+                                   list(before.parameters()))
+    norm = torch.stack([g.norm() for g in gradient]).norm()
+    assert metrics["critic_grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    moves = zip(before.parameters(), critic.parameters(), gradient, strict=True)
+    assert all(torch.allclose(new, old - 0.1 * g / max(norm, 1), atol=1e-5) for old, new, g in moves)
+    mixed = zip(slow.parameters(), critic.parameters(), target.parameters(), strict=True)
+    assert all(torch.allclose(now, 0.9 * old + 0.1 * new, atol=1e-6) for old, new, now in mixed)
+
+
+@pytest.mark.parametrize("value_target", ["monte_carlo", "expectile"])
+def test_the_other_targets_of_the_value(policy, buffer, critic, value_target):
+    args, turns = Args(critic_batch_turns=6, value_target=value_target), buffer.draw(np.arange(6), CPU)
+    target = TurnCritic(policy, 2, 2)
+    q, v, _ = turn_values(critic, turns, args)
+    own_q, _, next_v = turn_values(target, turns, args)
+    if value_target == "monte_carlo":
+        y, u, weight = turns["returns"][:, None], turns["returns"][:, None], 1.0
+    else:
+        y, u = turns["rewards"][:, None] + 0.95 * next_v * ~turns["done"][:, None], own_q
+        weight = torch.where(u > v, 0.9, 0.1)
+    loss = (((q - y) ** 2).sum(1) + (weight * (v - u) ** 2).sum(1)).mean()
+    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), turns, None, args)
+    assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [10**6, 40])
+@pytest.mark.parametrize("actor_loss", ["policy_gradient", "advantage_weighted", "filtered_clone"])
+def test_the_policy_s_gradient(policy, buffer, actor_loss, tokens):
+    """Against one forward pass per turn: mean over turns of credit times the sum of its tokens."""
+    args = Args(actor_batch_turns=6, actor_loss=actor_loss, micro_batch_tokens=tokens, inverse_temperature=2.0,
+                max_grad_norm=1e9)
+    batch = buffer.draw(np.arange(6), CPU) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
+    keep = KeepGradient(policy)
+    metrics = update(policy, None, keep, None, dict(batch), args)
+    credit = {"policy_gradient": batch["advantages"], "filtered_clone": torch.ones(6),
+              "advantage_weighted": (2 * batch["advantages"]).exp()}[actor_loss]
+    total = torch.zeros(())
+    for i in range(6):
+        end, last = int(batch["state_end"][i]), int(batch["answer_end"][i])
+        row = batch["tokens"][i, :last]
+        logprobs = policy.forward(row[None], use_cache=False)[0].log_softmax(1)
+        total = total - credit[i] / 6 * sum(logprobs[t - 1, row[t]] for t in range(end, last))
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.model.parameters()))])
+    assert torch.allclose(keep.gradient, expected, atol=1e-4 * expected.abs().max())
+    policy.model.zero_grad()
+
+
+def test_the_token_baseline_is_taken_off_and_learns_apart(policy, buffer):
+    """It sees the tokens before its own; the policy's loss does not reach it."""
+    args = Args(actor_batch_turns=6, token_baseline=True, max_grad_norm=1e9)
+    batch = buffer.draw(np.arange(6), CPU) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
+    baseline = Critic(policy)
+    torch.nn.init.normal_(baseline.head.weight, generator=torch.Generator().manual_seed(0))
+    keep, keep_baseline = KeepGradient(policy), KeepGradient(Policy.__new__(Policy))
+    keep_baseline.policy.model = baseline
+    metrics = update(policy, baseline, keep, keep_baseline, dict(batch), args)
+    values, mask = baseline(batch), batch["turn_id"] >= 0
+    loss = torch.where(mask, (batch["advantages"][:, None] - values) ** 2, 0.0).sum() / mask.sum()
+    assert metrics["baseline_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(baseline.parameters()))])
+    assert torch.allclose(keep_baseline.gradient, expected, atol=1e-4 * expected.abs().max())
+    logprobs, _ = token_logprobs(policy, batch, 1.0)
+    total = -((batch["advantages"][:, None] - values.detach()) * logprobs * mask).sum() / 6
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.model.parameters()))])
+    assert torch.allclose(keep.gradient, expected, atol=1e-4 * expected.abs().max())
+    t = int(batch["state_end"][4]) + 1
+    other = batch | {"tokens": batch["tokens"].clone()}
+    other["tokens"][4, t] += 1
+    changed = (baseline(other) - values)[4].abs() > 1e-6
+    assert not changed[: t + 1].any() and changed[t + 1 : int(batch["answer_end"][4])].any()
+    policy.model.zero_grad()
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+def short(tmp_path, **flags) -> Args:
+    flags = {"num_prompts": 4, "num_iterations": 2, "warm_start_steps": 20, "eval_episodes": 8, "eval_every": 2,
+             "critic_steps": 3, "critic_batch_turns": 8, "actor_steps": 2, "actor_batch_turns": 8, "max_turns": 5,
+             "print_samples": 0, "env_kwargs": '{"objects": 10}', "actor_warm_up": 0} | flags
+    return Args(run_dir=str(tmp_path), **flags)
+
+
+def finished(args: Args):
+    """The run's folder, its metrics and its trained weights."""
+    main(args)
+    [folder] = Path(args.run_dir).iterdir()
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return folder, rows, load_file(folder / "checkpoint" / "model.safetensors")
+
+
+def test_the_policy_rests_until_the_warm_up_is_over(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(archer, "polyak_update", lambda *args: calls.append(polyak_update(*args)))
+    args = short(tmp_path, actor_warm_up=2)
+    start = {name: x.clone() for name, x in load_policy(args).model.state_dict().items()}
+    _, rows, weights = finished(args)
+    assert all(torch.equal(x, start[name]) for name, x in weights.items())
+    assert len(calls) == 2 * 3 and [row["optimizer_steps"] for row in rows[1:]] == ["0", "0"]
+    _, rows, weights = finished(short(tmp_path / "moved", actor_warm_up=1))
+    assert [row["optimizer_steps"] for row in rows[1:]] == ["0", "2"]
+    assert any(not torch.equal(x, start[name]) for name, x in weights.items())
+
+
+def test_the_default_warm_up_is_long_enough_for_the_start_to_be_known(tmp_path):
+    args = short(tmp_path, actor_warm_up=None, num_iterations=3, max_turns=3, target_rate=0.9, critic_steps=4)
+    _, rows, _ = finished(args)  # 2 * 3 turns / (0.9 * 4 steps) = 1.67 iterations
+    assert [row["optimizer_steps"] for row in rows[1:]] == ["0", "0", "2"]
+
+
+def test_fresh_answers_are_made_again_after_every_step_of_the_policy(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(policy, *args):
+        seen.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]).sum().item())
+        return fresh_answers(policy, *args)
+
+    monkeypatch.setattr(archer, "fresh_answers", watched)
+    finished(short(tmp_path, actor_steps=3, num_iterations=1, learning_rate=1e-2))
+    assert len(seen) == 4, "once for all critic steps, and once for each step of the policy"
+    assert seen[0] == seen[1] and len(set(seen[1:])) == 3
+
+
+def test_a_saved_buffer_is_trained_on_without_playing(tmp_path):
+    folder, rows, _ = finished(short(tmp_path / "online", actor_warm_up=2))
+    turns = rows[-1]["buffer_turns"]
+    for number, flags in enumerate(({"value_target": "expectile", "actor_loss": "advantage_weighted"},
+                                    {"actor_loss": "filtered_clone"}, {})):
+        args = short(tmp_path / str(number), offline=str(folder), **flags)
+        start = load_policy(args).model.state_dict()
+        _, rows, weights = finished(args)
+        assert rows[-1]["environment_steps"] == "0" and {row["buffer_turns"] for row in rows[1:]} == {turns}
+        assert any(not torch.equal(x, start[name]) for name, x in weights.items())
+        assert (rows[-1]["critic_steps"] == "0") == (flags.get("actor_loss") == "filtered_clone")
+
+
+def test_cloning_draws_from_the_best_episodes_only(tmp_path):
+    _, rows, _ = finished(short(tmp_path, actor_loss="filtered_clone", keep_quantile=0.5, num_prompts=16, warm_start_steps=100,
+                                 learning_rate=1e-5))
+    assert 0 < float(rows[-1]["trained_share"]) < 1
+    _, rows, _ = finished(short(tmp_path / "all", actor_loss="filtered_clone", keep_quantile=0.0))
+    assert float(rows[-1]["trained_share"]) == 1
+
+
+@pytest.mark.parametrize("flags,named", [
+    ({"discount": 1.5}, "--discount"), ({"offline": "nowhere"}, "--offline nowhere"),
+    ({"token_baseline": True, "actor_loss": "filtered_clone"}, "--token-baseline")])
+def test_settings_without_a_meaning_are_one_line(flags, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(short(tmp_path, **flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and named in error
