@@ -111,12 +111,19 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_list(items: list) -> list:
+    """The items of all processes, in rank order."""
+    parts = [items] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """The tensors of all processes, concatenated along axis 0 in rank order; lengths may differ."""
-    parts: list[Any] = [tensor.cpu()] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(parts, tensor.cpu())
-    return torch.cat(parts).to(tensor.device) if world_size() > 1 else tensor
+    if world_size() == 1:
+        return tensor
+    return torch.cat(gather_list([tensor.cpu()])).to(tensor.device)
 
 
 # === 3. Policies =================================================================================

@@ -1,9 +1,8 @@
 """ArCHer: an utterance-level critic learned from a replay buffer, tokens trained by REINFORCE.
 
 Paper: Zhou, Zanette, Pan, Levine and Kumar, "ArCHer: Training Language Model Agents via
-Hierarchical Multi-Turn RL", arXiv 2402.19446v1. Only the abstract and the first page were read, the
-rest through notes; code: YifeiZhou02/ArCHer at 7c771a7, offline andreazanette/OfflineArcher at
-56d3b72.
+Hierarchical Multi-Turn RL", arXiv 2402.19446v1, its abstract and first page; the rest from notes
+and code: YifeiZhou02/ArCHer at 7c771a7, offline andreazanette/OfflineArcher at 56d3b72.
 
     Eq. 1  y_j = r + (1 - done) discount Vbar_j(s')                                       [code]
     Eq. 2  u_j = Qbar_j(s, a~)                  a~ a fresh answer of the current policy   [code]
@@ -12,31 +11,31 @@ rest through notes; code: YifeiZhou02/ArCHer at 7c771a7, offline andreazanette/O
     Eq. 5  A = min_j Q_j(s, a~) - min_j V_j(s)                                            [code]
     Eq. 6  J = mean over turns of A sum_t log pi(a~_t)                                    [code]
     Eq. 7  with --token-baseline: A - b_t instead of A, b_t fitted to A by squared error  [code]
-    Eq. 8  --value-target expectile: u_j = Qbar_j(s, a) of the answer in the buffer, its squared
-           error times tau' if V_j is too low, else 1 - tau'                              [code]
-    Eq. 9  --actor-loss advantage_weighted: exp(beta A) instead of A, answers of the buffer [code]
+    Eq. 8  --value-target expectile: u_j = Qbar_j(s, a), error^2 times tau' or 1 - tau'   [code]
+    Eq. 9  --actor-loss advantage_weighted: exp(beta A) instead of A, buffered answers    [code]
     Eq. 10 --actor-loss filtered_clone: 1 instead of A, answers of the best episodes      [code]
 
     s    the tokens before a turn    a  its answer (E turns of all past policies, the buffer)
     j    twin heads, last axis (J)   s' the tokens before the next turn
     bar  the target critic           tau, tau', beta  target_rate, expectile, inverse_temperature
 
-One turn is one action of a process that the critic knows: Q and V of whole utterances, learned by
-temporal differences from turns of all past policies. Within a turn all tokens share the advantage.
-The policy is trained on fresh answers to old states, so what it learns from is never off-policy.
+To the critic a turn is one action: Q and V of whole utterances, learned by temporal differences
+from turns of all past policies. The policy is trained on fresh answers to old states, never
+off-policy; all tokens of an answer share its advantage.
 
 Changed from seeupo.py
-    - a replay buffer of turns, of which only the states matter to the policy
-    - a critic of utterances with a slow copy of itself, many critic steps per policy step
+    - a buffer of turns, of which only the states matter to the policy
+    - a critic of utterances and its slow copy, many critic steps per policy step
     - no ratios and no clipping: every answer is the current policy's own
 
 Deviations and choices
     D1  A turn the time limit cut goes on in Eq. 1 (code: it ends): --no-bootstrap-truncated.
     D2  One causal pass gives V(s) and Q(s, a) (code: the answer is encoded apart from the state).
     D3  The end-of-turn token is trained (code: it is cut away).
-    D4  Each network is clipped to its own gradient norm (code: one norm for both); minibatches are
-        averaged (code: summed); draws from the buffer are uniform (code: not after wrap-around).
-    D5  The critic starts as a copy of the warm-started policy's network (code: a RoBERTa).
+    D4  Each network is clipped to its own gradient norm (code: one norm for both).
+    D5  The critic starts as a copy of the policy's first layers (code: a RoBERTa).
+    D6  The mean of A over a policy step, noise of the critic, is taken off (code: it stays):
+        --no-centre-advantages.
 
     python algos/archer.py        about 5 minutes on 2 CPU cores
 """
@@ -58,8 +57,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py a
 from envs.episodes import Episode, Turn
 from run_folder import Run
 from utils import (
-    DRAW, Decoder, Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
-    load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, reason,
+    DRAW, Decoder, Policy, RunArgs, all_reduce_sum, collate, collect_groups, evaluate,
+    gather_list, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, reason,
     sample_tokens, select_rows, stop, token_logprobs, turn_table, world_size,
 )
 
@@ -96,6 +95,7 @@ class Args(RunArgs):
     actor_warm_up: int | None = None  # iterations without policy steps; default 2 K / tau steps
     replay_turns: int = 100000  # size of the buffer, the oldest turns are dropped
     bootstrap_truncated: bool = True  # a time limit does not end the return of Eq. 1
+    centre_advantages: bool = True  # take their mean over the policy step off, D6
     token_baseline: bool = False  # Eq. 7: a third network, its learning rate is the critic's
     expectile: float = 0.9  # tau' of Eq. 8
     inverse_temperature: float = 1.0  # beta of Eq. 9
@@ -199,32 +199,23 @@ class TurnCritic(torch.nn.Module):
         self.q_heads, self.v_heads = heads(2 * size, size), heads(size, size)
         self.to(policy.device)
 
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """(N, T, D), entry t from the tokens up to and including t."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.trunk(batch["tokens"], use_cache=False).last_hidden_state.float()
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Q(s, a), V(s) and V(s'), each (N, J)."""
-        rows = torch.arange(len(batch["tokens"]))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state  # (N, T, D)
-            state, answer, after = (hidden[rows, batch[name] - 1]
-                                    for name in ("state_end", "answer_end", "lengths"))  # (N, D)
-            q = [head(torch.cat([state, answer], 1)) for head in self.q_heads]
-            v, next_v = ([head(x) for head in self.v_heads] for x in (state, after))
-        return tuple(torch.cat(x, 1).float() for x in (q, v, next_v))
+        hidden, rows = self.hidden(batch), torch.arange(len(batch["tokens"]), device=self.device)
+        state, answer, after = (hidden[rows, batch[name] - 1]
+                                for name in ("state_end", "answer_end", "lengths"))  # (N, D)
+        q = [head(torch.cat([state, answer], 1)) for head in self.q_heads]
+        v, next_v = ([head(x) for head in self.v_heads] for x in (state, after))
+        return torch.cat(q, 1), torch.cat(v, 1), torch.cat(next_v, 1)
 
-
-class Critic(torch.nn.Module):
-    """A copy of the policy's network with a number instead of token scores at its end."""
-
-    def __init__(self, policy: Policy):
-        super().__init__()
-        self.policy, self.trunk = policy, copy.deepcopy(policy.model.base_model)
-        self.head = torch.nn.Linear(policy.model.config.hidden_size, 1, device=policy.device)
-        torch.nn.init.zeros_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The value (B, T) before every sampled token, from what stands before it; 0 elsewhere."""
-        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.policy.bf16):
-            hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state  # (B, T, D)
-            before = self.head(hidden[:, :-1])[:, :, 0].float()  # (B, T - 1)
+    def token_values(self, batch: dict[str, Tensor]) -> Tensor:
+        """The first V (B, T) before every token of an answer; 0 elsewhere."""
+        before = self.v_heads[0](self.hidden(batch)[:, :-1])[:, :, 0]  # (B, T - 1)
         values = torch.nn.functional.pad(before, (1, 0))
         return torch.where(batch["turn_id"] >= 0, values, 0.0)
 
@@ -240,70 +231,52 @@ def turn_values(critic: TurnCritic, batch: dict[str, Tensor],
     return tuple(values)
 
 
-COLUMNS = ("lengths", "state_end", "answer_end", "first", "done", "rewards", "returns",
-           "episode_return")  # of a turn, beside its tokens
-
-
-def turns_of(policy: Policy, episodes: list[Episode], args: Args) -> tuple[Tensor, Tensor]:
-    """Every turn as a row of tokens: its state, its answer, and up to the next answer.
-
-    -> the tokens of all rows in a line, a table (N, COLUMNS)
-    """
+def turns_of(policy: Policy, episodes: list[Episode], args: Args) -> list[dict]:
+    """Every turn as a row of tokens: its state, its answer, and up to the next answer."""
     rewards, mask = turn_table(episodes, lambda turn: turn.reward, policy.device)
-    returns = turn_returns(rewards, mask, args.discount).tolist()
-    tokens, table = [], []
+    returns, turns = turn_returns(rewards, mask, args.discount).tolist(), []
     for e, episode in enumerate(episodes):
         state: list[int] = []
         for k, turn in enumerate(episode.turns):
-            state, last = state + turn.prompt_ids, turn is episode.turns[-1]
+            last = turn is episode.turns[-1]
             done = last and (episode.terminated or episode.overflowed
                              or not args.bootstrap_truncated)
             after = policy.prompt(episode, None)[0] if last else episode.turns[k + 1].prompt_ids
-            row = state + turn.token_ids + ([] if done else after)
-            tokens += row
-            table.append([len(row), len(state), len(state + turn.token_ids), k == 0, done,
-                          turn.reward, returns[e][k], episode.total_reward])
-            state = state + turn.token_ids
-    return torch.tensor(tokens, dtype=torch.int32), torch.tensor(table, dtype=torch.float)
+            state = state + turn.prompt_ids
+            answered = state + turn.token_ids
+            turns.append({"tokens": answered + ([] if done else after), "state_end": len(state),
+                          "answer_end": len(answered), "done": done, "reward": float(turn.reward),
+                          "return": returns[e][k], "first": k == 0,
+                          "episode_return": float(episode.total_reward)})
+            state = answered
+    return turns
 
 
-class ReplayBuffer:
+class ReplayBuffer(list):
     """The turns of all past policies, the oldest first; part of the checkpoint."""
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.tokens, self.table = torch.zeros(0, dtype=torch.int32), torch.zeros(0, len(COLUMNS))
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def push(self, tokens: Tensor, table: Tensor):
+    def push(self, turns: list[dict], capacity: int):
         """Append turns, and drop the oldest ones beyond the capacity."""
-        tokens, table = torch.cat([self.tokens, tokens]), torch.cat([self.table, table])
-        excess = max(0, len(table) - self.capacity)
-        self.tokens, self.table = tokens[int(table[:excess, 0].long().sum()):], table[excess:]
+        self[:] = (self + turns)[-capacity:]
 
     def draw(self, index: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The turns with these numbers as a padded batch; turn_id marks their answers."""
-        batch = dict(zip(COLUMNS, self.table[index].T, strict=True))
-        batch |= {name: batch[name].long() for name in ("lengths", "state_end", "answer_end")}
-        ends, at = self.table[:, 0].long().cumsum(0), torch.arange(int(batch["lengths"].max()))
-        position = (ends[index] - batch["lengths"])[:, None] + at  # (N, T)
-        inside = at < batch["lengths"][:, None]
+        turns = [self[i] for i in index]
+        batch = {name: torch.tensor([turn[name] for turn in turns])
+                 for name in turns[0] if name != "tokens"}
+        rows = [torch.tensor(turn["tokens"]) for turn in turns]
+        batch |= {"tokens": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+                  "lengths": torch.tensor([len(row) for row in rows])}
+        at = torch.arange(batch["tokens"].shape[1])
         answer = (at >= batch["state_end"][:, None]) & (at < batch["answer_end"][:, None])
-        batch |= {"tokens": torch.where(inside, self.tokens[position.clamp(max=ends[-1] - 1)], 0),
-                  "turn_id": torch.where(answer, 0, -1), "done": batch["done"] > 0}
-        batch["tokens"] = batch["tokens"].long()
+        batch["turn_id"] = torch.where(answer, 0, -1)
         return {name: x.to(device) for name, x in batch.items()}
 
-    def columns(self, *names: str) -> list[Tensor]:
-        return [self.table[:, COLUMNS.index(name)] for name in names]
-
     def state_dict(self) -> dict:
-        return {"tokens": self.tokens, "table": self.table}
+        return {"turns": list(self)}
 
     def load_state_dict(self, state: dict):
-        self.tokens, self.table = state["tokens"], state["table"]
+        self[:] = state["turns"]
 
 
 @torch.no_grad()
@@ -312,26 +285,22 @@ def fresh_answers(policy: Policy, turns: dict[str, Tensor], uniforms: Tensor,
     """The same states with answers of the policy as it is now; uniforms (N, max_turn_tokens)."""
     policy.model.eval()
     answers: list[list[int]] = [[] for _ in uniforms]
-    states = [row[:end] for row, end in zip(turns["tokens"].tolist(), turns["state_end"].tolist(),
-                                            strict=True)]
-    numbered = {"lengths": turns["state_end"], "row": torch.arange(len(states))}
+    ends = turns["state_end"]
+    states = [row[:end] for row, end in zip(turns["tokens"].tolist(), ends.tolist(), strict=True)]
+    numbered = {"lengths": ends, "row": torch.arange(len(ends)).to(ends)}
     for part in micro_batches(numbered, args.micro_batch_tokens):
         rows = part["row"].tolist()
-        decoder = Decoder(policy, len(rows))
-        logits = decoder.feed([states[row] for row in rows])
+        decoder, unfed = Decoder(policy, len(rows)), [states[row] for row in rows]
         for step in range(args.max_turn_tokens):
-            tokens, _ = sample_tokens(logits, args.temperature, uniforms[part["row"], step])
-            unfed = []  # [] for an answer that has ended
+            tokens, _ = sample_tokens(decoder.feed(unfed), args.temperature, uniforms[rows, step])
             for row, token in zip(rows, tokens.tolist(), strict=True):
-                ended = answers[row][-1:] == [policy.end_id]
-                answers[row] += [] if ended else [token]
-                unfed.append([] if ended or token == policy.end_id else [token])
-            if not any(unfed) or step == args.max_turn_tokens - 1:
+                answers[row] += [] if answers[row][-1:] == [policy.end_id] else [token]
+            unfed = [[] if answers[row][-1] == policy.end_id else answers[row][-1:] for row in rows]
+            if not any(unfed):
                 break
-            logits = decoder.feed(unfed)
     batch = collate([Episode(0, "", [Turn("", "", state, True, answer, [0.0] * len(answer))])
                      for state, answer in zip(states, answers, strict=True)], policy.device)
-    return batch | {"state_end": turns["state_end"], "answer_end": batch["lengths"]}
+    return batch | {"state_end": ends, "answer_end": batch["lengths"]}
 
 
 # === 6. Update ===================================================================================
@@ -341,19 +310,18 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
     """One optimizer step of the critic on turns of the buffer, one step of its target. Eq. 1-4"""
     own_q, _, next_values = turn_values(target, turns, args)
     if args.value_target == "monte_carlo":
-        turns["q_target"] = turns["v_target"] = turns["returns"][:, None].expand_as(own_q)
+        turns["q_target"] = turns["v_target"] = turns["return"][:, None].expand_as(own_q)
     else:
-        turns["q_target"] = q_targets(turns["rewards"], turns["done"], next_values, args.discount)
+        turns["q_target"] = q_targets(turns["reward"], turns["done"], next_values, args.discount)
         turns["v_target"] = own_q if fresh is None else turn_values(target, fresh, args)[0]
+    expectile = args.expectile if args.value_target == "expectile" else None
     sums = torch.zeros(4, device=critic.device)
     for rows in micro_batches(turns, args.micro_batch_tokens):
         q, v, _ = critic(rows)
-        errors = critic_errors(q, rows["q_target"], v, rows["v_target"],
-                               args.expectile if args.value_target == "expectile" else None)
-        loss = errors.sum() / args.critic_batch_turns
-        loss.backward()
-        sums += torch.stack([loss.detach(), *(x.detach().sum() / args.critic_batch_turns for x in (
-            q.mean(1), v.mean(1), q.amax(1) - q.amin(1)))])
+        errors = critic_errors(q, rows["q_target"], v, rows["v_target"], expectile)
+        (errors.sum() / args.critic_batch_turns).backward()
+        parts = (errors, q.mean(1), v.mean(1), q.amax(1) - q.amin(1))
+        sums += torch.stack([x.detach().sum() / args.critic_batch_turns for x in parts])
     names = ("critic_loss", "q", "v", "q_disagreement")
     metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
     metrics["critic_grad_norm"] = optimizer_step(critic, optimizer, args.max_grad_norm)
@@ -361,11 +329,14 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
     return metrics
 
 
-def update(policy: Policy, baseline: Critic | None, optimizer: torch.optim.Optimizer,
+def update(policy: Policy, baseline: TurnCritic | None, optimizer: torch.optim.Optimizer,
            baseline_optimizer: torch.optim.Optimizer | None, batch: dict[str, Tensor],
            args: Args) -> dict[str, float]:
     """One optimizer step of the policy; batch["advantages"] (N,)"""
     tokens = all_reduce_sum((batch["turn_id"] >= 0).sum())
+    mean = all_reduce_sum(batch["advantages"].sum()) / args.actor_batch_turns
+    if args.centre_advantages and args.actor_loss == "policy_gradient":
+        batch["advantages"] = batch["advantages"] - mean
     sums = torch.zeros(4, device=policy.device)
     for rows in micro_batches(batch, args.micro_batch_tokens):
         advantages, mask = rows["advantages"], rows["turn_id"] >= 0
@@ -373,19 +344,20 @@ def update(policy: Policy, baseline: Critic | None, optimizer: torch.optim.Optim
                   "advantage_weighted": (args.inverse_temperature * advantages).exp(),
                   }[args.actor_loss][:, None]  # (B, 1)
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
-        baseline_loss = torch.zeros(())
+        baseline_loss = torch.zeros((), device=policy.device)
         if baseline is not None:
-            values = baseline(rows)  # (B, T)
+            values = baseline.token_values(rows)  # (B, T)
             baseline_loss = token_baseline_loss(values, advantages, mask / tokens)
             baseline_loss.backward()
             credit = credit - values.detach()
         weights = torch.full_like(advantages, 1 / args.actor_batch_turns)
         loss = -actor_objective(logprobs, credit, rows["turn_id"], weights)
         loss.backward()
-        sums += torch.stack([loss.detach(), baseline_loss.detach(), (entropy / tokens).sum(),
-                             (weights * credit.amax(1)).sum()]).detach()
-    names = ("loss", "baseline_loss", "entropy", "credit")
+        parts = (loss, baseline_loss, entropy.sum() / tokens, weights @ advantages**2)
+        sums += torch.stack([x.detach() for x in parts])
+    names = ("loss", "baseline_loss", "entropy", "advantage_square")
     metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
+    metrics["advantage_mean"] = mean.item()
     if baseline is not None:
         optimizer_step(baseline, baseline_optimizer, args.max_grad_norm)
     return metrics | {"grad_norm": optimizer_step(policy.model, optimizer, args.max_grad_norm)}
@@ -393,37 +365,38 @@ def update(policy: Policy, baseline: Critic | None, optimizer: torch.optim.Optim
 
 # === 7. Main =====================================================================================
 def main(args: Args) -> dict[str, float]:
+    cloning = args.actor_loss == "filtered_clone"
     if args.target_rate > 1 or args.discount > 1 or args.expectile >= 1 or args.keep_quantile > 1:
         stop("--target-rate, --discount, --expectile and --keep-quantile are shares, at most 1")
     if args.token_baseline and args.actor_loss != "policy_gradient":
         stop("--token-baseline needs --actor-loss policy_gradient")
+    if args.critic_batch_turns % world_size() or args.actor_batch_turns % world_size():
+        stop(f"--critic-batch-turns and --actor-batch-turns must be multiples of {world_size()}")
     with Run(args, "archer") as run:
         envs = make_envs(args, args.num_prompts * args.group_size // world_size())
-        policy = load_policy(args)
+        policy, buffer = load_policy(args), ReplayBuffer()
         torch.manual_seed(args.seed)  # of the heads
         critic = TurnCritic(policy, args.num_critics, args.critic_layers)
-        target, baseline = copy.deepcopy(critic), Critic(policy) if args.token_baseline else None
-        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
-        critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
-                                             weight_decay=0)
-        buffer = ReplayBuffer(args.replay_turns)
+        target, baseline, baseline_optimizer = copy.deepcopy(critic), None, None
+
+        def adam(network: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(network.parameters(), rate, weight_decay=0)
+
+        optimizer = adam(policy.model, args.learning_rate)
+        critic_optimizer = adam(critic, args.critic_learning_rate)
         state = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer,
                  "target": target, "buffer": buffer}
-        baseline_optimizer = None
-        if baseline is not None:
-            baseline_optimizer = torch.optim.AdamW(baseline.parameters(), args.critic_learning_rate,
-                                                   weight_decay=0)
+        if args.token_baseline:
+            baseline = TurnCritic(policy, 1, args.critic_layers)
+            baseline_optimizer = adam(baseline, args.critic_learning_rate)
             state |= {"baseline": baseline, "baseline_optimizer": baseline_optimizer}
         if args.offline:
             try:
-                saved = torch.load(Path(args.offline) / "checkpoint" / "trainer_state.pt",
-                                   weights_only=True)
-                buffer.load_state_dict(saved["buffer"])
+                saved = Path(args.offline) / "checkpoint" / "trainer_state.pt"
+                buffer.load_state_dict(torch.load(saved, weights_only=True)["buffer"])
             except Exception as error:  # torch and pickle each have their own
-                stop(f"--offline {args.offline}: no run folder of this script with a checkpoint "
-                     f"({reason(error)})")
+                stop(f"--offline {args.offline}: no checkpoint of this script ({reason(error)})")
         run.restore(policy, **state)
-        cloning = args.actor_loss == "filtered_clone"
         warm_up = args.actor_warm_up
         if warm_up is None:  # what the critic needs to know the start of an episode
             warm_up = 0 if cloning else math.ceil(
@@ -432,27 +405,24 @@ def main(args: Args) -> dict[str, float]:
         def evaluation():
             return evaluate(policy, run.eval_envs, args)
 
-        def draw(index: np.ndarray, *key: int) -> tuple[dict[str, Tensor], Tensor]:
-            """This process's share of turns of the buffer, and random numbers for new answers."""
-            uniforms = random_stream(args.seed, DRAW, *key).random(
-                (len(index), args.max_turn_tokens))
-            mine = slice(rank(), None, world_size())
+        def draw(pool: np.ndarray, count: int, *key: int) -> tuple[dict[str, Tensor], Tensor]:
+            """This process's share of some turns, and random numbers for new answers."""
+            rng, mine = random_stream(args.seed, DRAW, *key), slice(rank(), None, world_size())
+            index, uniforms = rng.choice(pool, count), rng.random((count, args.max_turn_tokens))
             return (buffer.draw(index[mine], policy.device),
                     torch.tensor(uniforms[mine], device=policy.device))
 
         for iteration in run.iterations(policy, evaluation, **state):
             # 1. collect num_prompts groups of group_size episodes; their turns go to the buffer
             episodes = [] if args.offline else collect_groups(policy, envs, args, iteration)
-            if episodes:
-                newest = [all_gather(x) for x in turns_of(policy, episodes, args)]
-                buffer.push(*newest)
+            buffer.push(gather_list(turns_of(policy, episodes, args)), args.replay_turns)
+            pool, updates, actor_updates, fresh_tokens = np.arange(len(buffer)), [], [], 0
 
             # 2. critic; its fresh answers are made at once, for the policy stands still meanwhile
-            updates, fresh_tokens = [], 0
             if not cloning:
-                index = random_stream(args.seed, DRAW, iteration, 0).integers(
-                    len(buffer), size=args.critic_steps * args.critic_batch_turns)
-                turns, uniforms = draw(index, iteration, 1)
+                newest = buffer.draw(pool[-args.critic_batch_turns:], policy.device)
+                error = newest["return"] - turn_values(critic, newest, args)[1].mean(1)
+                turns, uniforms = draw(pool, args.critic_steps * args.critic_batch_turns, iteration)
                 fresh = None
                 if args.value_target == "fresh":
                     fresh = fresh_answers(policy, turns, uniforms, args)
@@ -463,27 +433,29 @@ def main(args: Args) -> dict[str, float]:
                         fresh and select_rows(fresh, rows), args))
 
             # 3. advantages (N,), 4. update of the policy
-            pool = np.arange(len(buffer))
             if cloning:
-                pool = pool[best_turns(*buffer.columns("episode_return", "first"),
-                                       args.keep_quantile).numpy()]
-            actor_updates = []
+                returns, first = (torch.tensor([float(turn[name]) for turn in buffer])
+                                  for name in ("episode_return", "first"))
+                pool = pool[best_turns(returns, first, args.keep_quantile).numpy()]
             for step in range(args.actor_steps if iteration >= warm_up else 0):
-                index = random_stream(args.seed, DRAW, iteration, 2, step).choice(
-                    pool, args.actor_batch_turns)
-                turns, uniforms = draw(index, iteration, 3, step)
+                turns, uniforms = draw(pool, args.actor_batch_turns, iteration, step)
                 if args.actor_loss == "policy_gradient":
                     turns = fresh_answers(policy, turns, uniforms, args)
                     fresh_tokens += (turns["turn_id"] >= 0).sum()
-                turns["advantages"] = (torch.ones(len(turns["lengths"])) if cloning else
+                turns["advantages"] = (turns["reward"] * 0 if cloning else
                                        utterance_advantages(*turn_values(critic, turns, args)[:2]))
                 actor_updates.append(update(policy, baseline, optimizer, baseline_optimizer, turns,
                                             args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
+            fresh_tokens = all_reduce_sum(torch.as_tensor(fresh_tokens)).item()
+            run.totals["generated_tokens"] += fresh_tokens  # they cost what those of episodes do
             metrics = {"buffer_turns": len(buffer), "trained_share": len(pool) / len(buffer),
-                       "fresh_tokens": all_reduce_sum(torch.as_tensor(fresh_tokens)).item(),
-                       "critic_steps": len(updates), "optimizer_steps": len(actor_updates)}
+                       "fresh_tokens": fresh_tokens, "critic_steps": len(updates),
+                       "optimizer_steps": len(actor_updates)}
+            if updates:
+                metrics |= {"value_gap": -error.mean().item(), "explained_variance":
+                            (1 - error.var() / newest["return"].var()).item()}
             for steps in (updates, actor_updates):
                 for name in steps[0] if steps else ():
                     metrics[name] = np.mean([u[name] for u in steps])

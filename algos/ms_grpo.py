@@ -70,7 +70,7 @@ class Args(RunArgs):
     kl_coefficient: float = 0.0  # weight of KL(policy || start policy), estimator k3, in Eq. 4
     kl_in_reward: float = 0.0  # weight of the k1 estimate of that KL, subtracted from the rewards
     entropy_coefficient: float = 0.01  # weight of the entropy bonus, c in Eq. 4
-    history_turns: int = 0  # earlier turns the policy sees besides the current observation
+    history_turns: int | None = 0  # earlier turns the policy sees; None: all, as one growing row
     num_epochs: int = 1  # passes over the drawn episodes, in the same minibatches
     num_minibatches: int = 2  # optimizer steps per pass
 

@@ -108,7 +108,7 @@ class GuessingGame(TextEnv):
 class TwentyQuestions(GuessingGame):
     guess_form = "Is the object a {}?"
 
-    def __init__(self, objects: int = 20, **kwargs):
+    def __init__(self, objects: int = 10, **kwargs):
         if objects not in (10, 20):
             raise ValueError(f"objects {objects}: 10 or 20")
         self.table = {name: {f"Is the object {words}?": "Yes." if name in yes.split() else "No."

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from algos import archer
 from algos.archer import (
-    Args, Critic, ReplayBuffer, TurnCritic, actor_objective, best_turns, critic_errors, critic_update,
+    Args, ReplayBuffer, TurnCritic, actor_objective, best_turns, critic_errors, critic_update,
     fresh_answers, main, polyak_update, q_targets, token_baseline_loss, turn_returns, turn_values, turns_of,
     update, utterance_advantages,
 )
@@ -249,8 +249,8 @@ def policy() -> Policy:
 
 @pytest.fixture
 def buffer(policy) -> ReplayBuffer:
-    buffer = ReplayBuffer(100)
-    buffer.push(*turns_of(policy, played(policy), Args()))
+    buffer = ReplayBuffer()
+    buffer.push(turns_of(policy, played(policy), Args()), 100)
     return buffer
 
 
@@ -274,9 +274,9 @@ def test_a_turn_is_its_state_its_answer_and_what_comes_before_the_next(policy, b
         (f"{first}{big}{no}{dog}{no}", what, f"{u}Invalid question.{a}"),
         (first, "Is the object a", f"{e}{u}Invalid question.{a}")]
     batch = buffer.draw(np.arange(6), CPU)
-    assert batch["rewards"].tolist() == [-1, 0, -1, -1, -1, -1]
+    assert batch["reward"].tolist() == [-1, 0, -1, -1, -1, -1]
     assert batch["done"].tolist() == [False, True, False, False, False, False]
-    assert batch["returns"].tolist() == pytest.approx([-1, 0, -2.8525, -1.95, -1, -1])
+    assert batch["return"].tolist() == pytest.approx([-1, 0, -2.8525, -1.95, -1, -1])
     assert batch["episode_return"].tolist() == [-1, -1, -3, -3, -3, -1]
     assert batch["first"].tolist() == [1, 0, 1, 0, 0, 1]
 
@@ -294,21 +294,20 @@ def test_what_ends_the_bootstrap(policy, flags, overflowed, done):
     """A limit of time goes on unless told otherwise; a full context has no next prompt."""
     episodes = played(policy)
     episodes[1].overflowed = overflowed
-    buffer = ReplayBuffer(100)
-    buffer.push(*turns_of(policy, episodes, Args(**flags)))
+    buffer = ReplayBuffer()
+    buffer.push(turns_of(policy, episodes, Args(**flags)), 100)
     assert buffer.draw(np.arange(6), CPU)["done"].tolist() == [False, True, False, False, done, done and not overflowed]
     assert (texts(policy, buffer, [4])[0][2] == "") == done
 
 
 def test_the_oldest_turns_make_room(policy):
-    turns, small = turns_of(policy, played(policy), Args()), ReplayBuffer(4)
+    turns, small = turns_of(policy, played(policy), Args()), ReplayBuffer()
     for _ in range(3):
-        small.push(*turns)
-    whole = ReplayBuffer(100)
-    whole.push(*turns)
+        small.push(turns, 4)
+    whole = ReplayBuffer()
+    whole.push(turns, 100)
     assert len(small) == 4 and texts(policy, small, range(4)) == texts(policy, whole, range(2, 6))
-    assert len(small.tokens) == small.table[:, 0].sum()
-    other = ReplayBuffer(4)
+    other = ReplayBuffer()
     other.load_state_dict(copy.deepcopy(small.state_dict()))
     assert texts(policy, other, [3, 0, 3]) == texts(policy, whole, [5, 2, 5])
 
@@ -401,7 +400,7 @@ def test_the_critic_s_update_uses_the_fresh_answers_and_the_slow_copy(policy, bu
     q, v, _ = before(turns)
     _, _, next_v = slow(turns)
     fresh_q, _, _ = slow(fresh)
-    y = turns["rewards"][:, None] + 0.95 * next_v * ~turns["done"][:, None]
+    y = turns["reward"][:, None] + 0.95 * next_v * ~turns["done"][:, None]
     loss = (((q - y) ** 2).sum(1) + ((v - fresh_q) ** 2).sum(1)).mean()
     assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)
     gradient = torch.autograd.grad(((q - y.detach()) ** 2 + (v - fresh_q.detach()) ** 2).sum() / 6,
@@ -421,9 +420,9 @@ def test_the_other_targets_of_the_value(policy, buffer, critic, value_target):
     q, v, _ = turn_values(critic, turns, args)
     own_q, _, next_v = turn_values(target, turns, args)
     if value_target == "monte_carlo":
-        y, u, weight = turns["returns"][:, None], turns["returns"][:, None], 1.0
+        y, u, weight = turns["return"][:, None], turns["return"][:, None], 1.0
     else:
-        y, u = turns["rewards"][:, None] + 0.95 * next_v * ~turns["done"][:, None], own_q
+        y, u = turns["reward"][:, None] + 0.95 * next_v * ~turns["done"][:, None], own_q
         weight = torch.where(u > v, 0.9, 0.1)
     loss = (((q - y) ** 2).sum(1) + (weight * (v - u) ** 2).sum(1)).mean()
     metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), turns, None, args)
@@ -431,15 +430,18 @@ def test_the_other_targets_of_the_value(policy, buffer, critic, value_target):
 
 
 @pytest.mark.parametrize("tokens", [10**6, 40])
+@pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("actor_loss", ["policy_gradient", "advantage_weighted", "filtered_clone"])
-def test_the_policy_s_gradient(policy, buffer, actor_loss, tokens):
-    """Against one forward pass per turn: mean over turns of credit times the sum of its tokens."""
+def test_the_policy_s_gradient(policy, buffer, actor_loss, centre, tokens):
+    """Against one forward pass per turn: mean over turns of credit times the sum of its tokens. Only the
+    policy gradient is centred: weights exp(beta A) are positive, and cloning has none."""
     args = Args(actor_batch_turns=6, actor_loss=actor_loss, micro_batch_tokens=tokens, inverse_temperature=2.0,
-                max_grad_norm=1e9)
+                max_grad_norm=1e9, centre_advantages=centre)
     batch = buffer.draw(np.arange(6), CPU) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
     keep = KeepGradient(policy)
     metrics = update(policy, None, keep, None, dict(batch), args)
-    credit = {"policy_gradient": batch["advantages"], "filtered_clone": torch.ones(6),
+    offset = batch["advantages"].mean() if centre else 0.0
+    credit = {"policy_gradient": batch["advantages"] - offset, "filtered_clone": torch.ones(6),
               "advantage_weighted": (2 * batch["advantages"]).exp()}[actor_loss]
     total = torch.zeros(())
     for i in range(6):
@@ -448,6 +450,7 @@ def test_the_policy_s_gradient(policy, buffer, actor_loss, tokens):
         logprobs = policy.forward(row[None], use_cache=False)[0].log_softmax(1)
         total = total - credit[i] / 6 * sum(logprobs[t - 1, row[t]] for t in range(end, last))
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
+    assert metrics["advantage_mean"] == pytest.approx(0.4 / 6)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.model.parameters()))])
     assert torch.allclose(keep.gradient, expected, atol=1e-4 * expected.abs().max())
     policy.model.zero_grad()
@@ -455,17 +458,19 @@ def test_the_policy_s_gradient(policy, buffer, actor_loss, tokens):
 
 def test_the_token_baseline_is_taken_off_and_learns_apart(policy, buffer):
     """It sees the tokens before its own; the policy's loss does not reach it."""
-    args = Args(actor_batch_turns=6, token_baseline=True, max_grad_norm=1e9)
+    args = Args(actor_batch_turns=6, token_baseline=True, centre_advantages=False, max_grad_norm=1e9)
     batch = buffer.draw(np.arange(6), CPU) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
-    baseline = Critic(policy)
-    torch.nn.init.normal_(baseline.head.weight, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    baseline = TurnCritic(policy, 1, 2)
+    torch.nn.init.normal_(baseline.v_heads[0][4].weight)
     keep, keep_baseline = KeepGradient(policy), KeepGradient(Policy.__new__(Policy))
     keep_baseline.policy.model = baseline
     metrics = update(policy, baseline, keep, keep_baseline, dict(batch), args)
-    values, mask = baseline(batch), batch["turn_id"] >= 0
+    values, mask = baseline.token_values(batch), batch["turn_id"] >= 0
     loss = torch.where(mask, (batch["advantages"][:, None] - values) ** 2, 0.0).sum() / mask.sum()
     assert metrics["baseline_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(baseline.parameters()))])
+    gradient = torch.autograd.grad(loss, list(baseline.parameters()), allow_unused=True, materialize_grads=True)
+    expected = torch.cat([g.flatten() for g in gradient])
     assert torch.allclose(keep_baseline.gradient, expected, atol=1e-4 * expected.abs().max())
     logprobs, _ = token_logprobs(policy, batch, 1.0)
     total = -((batch["advantages"][:, None] - values.detach()) * logprobs * mask).sum() / 6
@@ -474,16 +479,16 @@ def test_the_token_baseline_is_taken_off_and_learns_apart(policy, buffer):
     t = int(batch["state_end"][4]) + 1
     other = batch | {"tokens": batch["tokens"].clone()}
     other["tokens"][4, t] += 1
-    changed = (baseline(other) - values)[4].abs() > 1e-6
+    changed = (baseline.token_values(other) - values)[4].abs() > 1e-6
     assert not changed[: t + 1].any() and changed[t + 1 : int(batch["answer_end"][4])].any()
     policy.model.zero_grad()
 
 
 # --- whole runs ----------------------------------------------------------------------------------
 def short(tmp_path, **flags) -> Args:
-    flags = {"num_prompts": 4, "num_iterations": 2, "warm_start_steps": 20, "eval_episodes": 8, "eval_every": 2,
+    flags = {"num_prompts": 4, "num_iterations": 2, "warm_start_steps": 5, "eval_episodes": 8, "eval_every": 2,
              "critic_steps": 3, "critic_batch_turns": 8, "actor_steps": 2, "actor_batch_turns": 8, "max_turns": 5,
-             "print_samples": 0, "env_kwargs": '{"objects": 10}', "actor_warm_up": 0} | flags
+             "print_samples": 0, "env_id": "words:tests/Words-v0", "actor_warm_up": 0, "max_turn_tokens": 4} | flags
     return Args(run_dir=str(tmp_path), **flags)
 
 
@@ -542,10 +547,10 @@ def test_a_saved_buffer_is_trained_on_without_playing(tmp_path):
 
 
 def test_cloning_draws_from_the_best_episodes_only(tmp_path):
-    _, rows, _ = finished(short(tmp_path, actor_loss="filtered_clone", keep_quantile=0.5, num_prompts=16, warm_start_steps=100,
-                                 learning_rate=1e-5))
+    words = {"actor_loss": "filtered_clone", "num_prompts": 16}
+    _, rows, _ = finished(short(tmp_path, keep_quantile=0.5, **words))  # whatever is said, returns differ
     assert 0 < float(rows[-1]["trained_share"]) < 1
-    _, rows, _ = finished(short(tmp_path / "all", actor_loss="filtered_clone", keep_quantile=0.0))
+    _, rows, _ = finished(short(tmp_path / "all", keep_quantile=0.0, **words))
     assert float(rows[-1]["trained_share"]) == 1
 
 

@@ -31,6 +31,7 @@ QUICK = {"num_prompts": 2, "group_size": 2, "warm_start_steps": 5, "num_iteratio
          "eval_episodes": 4, "eval_every": 1, "save_every": 1, "print_samples": 0,
          "env_kwargs": '{"size": 3}', "max_turns": 4}
 NOT_ALL_HAVE = {"kl_coefficient", "entropy_coefficient"}
+FEW_STEPS = {"archer": {"critic_steps": 2, "critic_batch_turns": 8, "actor_batch_turns": 8, "actor_warm_up": 1}}
 
 
 def quick(tmp_path, script="ms_grpo", **flags):
@@ -38,7 +39,7 @@ def quick(tmp_path, script="ms_grpo", **flags):
     if script != "ms_grpo":
         flags = {"env_kwargs": "{}"} | flags
     flags = {name: value for name, value in flags.items() if hasattr(module.Args, name) or name not in NOT_ALL_HAVE}
-    return module.Args(**(QUICK | {"run_dir": str(tmp_path / "runs")} | flags))
+    return module.Args(**(QUICK | FEW_STEPS.get(script, {}) | {"run_dir": str(tmp_path / "runs")} | flags))
 
 
 def command(*flags, script="ms_grpo", **options):
@@ -437,7 +438,7 @@ def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):
 def test_two_processes_give_the_parameters_of_one(tmp_path, script):
     """Same episodes, same draws, same steps; sums of floats in another order: 1e-5."""
     flags = QUICK | {"num_prompts": 4, "group_size": 4, "num_iterations": 3, "warm_start_steps": 60,
-                     "entropy_coefficient": 0.01}
+                     "entropy_coefficient": 0.01} | FEW_STEPS.get(script, {})
     if script != "ms_grpo":
         flags |= {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
     module = importlib.import_module(f"algos.{script}")
