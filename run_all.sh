@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
-scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo}
+scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer}
 claims=runs/claims
 quick=()
 if [ "${1:-}" = --quick ]; then
@@ -18,15 +18,16 @@ if [ "${1:-}" = --quick ]; then
 fi
 export OMP_NUM_THREADS=1
 
-run() {  # run SCRIPT ARM FLAGS..: once for every seed, in the background, at most $jobs at a time
-    local script=$1 arm=$2 seed
+run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at most $jobs at a time. CLAIMS
+    # is the script whose claims these are; ALGO=x runs another one.
+    local claim=$1 script=${ALGO:-$1} arm=$2 seed
     shift 2
-    [[ " $scripts " == *" $script "* ]] || return 0
+    [[ " $scripts " == *" $claim "* ]] || return 0
     for seed in $seeds; do
-        local folder=$claims/$script/$arm-$seed
+        local folder=$claims/$claim/$arm-$seed
         if compgen -G "$folder/*/summary.json" >/dev/null; then continue; fi
         while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || exit 1; done
-        echo "$script $arm seed $seed"
+        echo "$claim $arm seed $seed"
         mkdir -p "$folder"
         python "algos/$script.py" --seed "$seed" --run-dir "$folder" --print-samples 0 \
             "$@" "${quick[@]}" >"$folder/log.txt" 2>&1 || { tail -n 5 "$folder/log.txt"; exit 1; } &
@@ -128,6 +129,30 @@ run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 
 run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
 run seeupo desk_no_scale --advantage-scale none
 run seeupo desk_group_std --advantage-scale group_std
+# ArCHer: other scripts on the same game (A; guess_archer is the default run, evaluated more often), what its
+# critic is made of (B), training on a saved buffer only (C).
+often=(--eval-every 2)
+guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150
+       --warm-start-learning-rate 2e-3 --tiny-init-std 0.1 --num-iterations 60)
+run archer guess_archer "${often[@]}"
+ALGO=st_ppo run archer guess_ppo "${guess[@]}" "${often[@]}" --variant ppo --num-prompts 32 --learning-rate 3e-4
+ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --history-turns None --num-prompts 8 \
+    --group-size 4 --learning-rate 1e-3
+run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4 --num-iterations 40
+while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done  # the buffers of guess_archer are there
+all=$seeds
+for seeds in $all; do
+    buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*" | grep __archer__) || true
+    offline=(--offline "$buffer" --eval-every 4)
+    run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted
+    run archer offline_clone "${offline[@]}" --actor-loss filtered_clone --keep-quantile 0
+    run archer offline_best "${offline[@]}" --actor-loss filtered_clone
+done
+seeds=$all
+run archer guess_small_buffer "${often[@]}" --replay-turns 500
+run archer guess_one_critic "${often[@]}" --num-critics 1
+run archer guess_monte_carlo "${often[@]}" --value-target monte_carlo
+run archer guess_uncentred "${often[@]}" --no-centre-advantages
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

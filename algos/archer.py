@@ -74,8 +74,8 @@ class Args(RunArgs):
     max_turns: int = 20  # turns after which an episode is truncated, K
     max_turn_tokens: int = 12  # tokens the policy may sample in one turn
     learning_rate: float = 1e-4  # of AdamW, constant
-    num_iterations: int = 60  # iterations of: collect episodes, update
-    warm_start_steps: int = 400  # behaviour cloning steps of the tiny model before training
+    num_iterations: int = 20  # iterations of: collect episodes, update
+    warm_start_steps: int = 150  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 5  # iterations between evaluations on held-out seeds
@@ -86,12 +86,12 @@ class Args(RunArgs):
     discount: float = 0.95  # per turn, Eq. 1
     num_critics: int = 2  # heads J; 2 are the twins of Eq. 5
     critic_layers: int = 2  # layers of the policy that the critic is a copy of
-    target_rate: float = 0.1  # tau of Eq. 4
+    target_rate: float = 0.5  # tau of Eq. 4
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
-    critic_steps: int = 20  # optimizer steps of the critic per iteration
+    critic_steps: int = 10  # optimizer steps of the critic per iteration
     critic_batch_turns: int = 64  # turns per critic step
     actor_steps: int = 3  # optimizer steps of the policy per iteration
-    actor_batch_turns: int = 256  # turns per policy step
+    actor_batch_turns: int = 128  # turns per policy step
     actor_warm_up: int | None = None  # iterations without policy steps; default 2 K / tau steps
     replay_turns: int = 100000  # size of the buffer, the oldest turns are dropped
     bootstrap_truncated: bool = True  # a time limit does not end the return of Eq. 1

@@ -69,6 +69,8 @@ class GuessingGame(TextEnv):
         super().reset(seed=seed)
         self.answer = list(self.table)[self.np_random.integers(len(self.table))]
         self.answer = (options or {}).get("answer", self.answer)
+        if self.answer not in self.table:
+            raise ValueError(f"answer {self.answer}: none of {', '.join(self.table)}")
         self.candidates = list(self.table)  # what fits all replies, for the scripted player
         self.asked, self.ended = 0, False
         return "Questions:", self.info(False, False)

@@ -229,7 +229,7 @@ def played(policy: Policy) -> list[Episode]:
     """The games above, token by token as a policy would have sampled them."""
     episodes = []
     for answer, actions in GAMES.items():
-        env = TwentyQuestions()
+        env = TwentyQuestions(20)
         observation, info = env.reset(seed=0, options={"answer": answer})
         episode = Episode(0, observation, info=info)
         for action in actions:
@@ -392,7 +392,7 @@ def test_an_answer_is_cut_by_the_cap(policy, buffer):
 
 # --- updates -------------------------------------------------------------------------------------
 def test_the_critic_s_update_uses_the_fresh_answers_and_the_slow_copy(policy, buffer, critic, monkeypatch):
-    args, target = Args(critic_batch_turns=6), TurnCritic(policy, 2, 2)
+    args, target = Args(critic_batch_turns=6, target_rate=0.1), TurnCritic(policy, 2, 2)
     turns = buffer.draw(np.arange(6), CPU)
     fresh = fresh_answers(policy, turns, torch.rand(6, 12).double(), args)
     before, slow = copy.deepcopy(critic), copy.deepcopy(target)

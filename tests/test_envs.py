@@ -35,7 +35,7 @@ VARIANTS = [
     lambda: ThinkSearch("turns", max_turns=5, format_penalty=1.0),
     lambda: SearchQA("parts", format_penalty=1.0, extra_turns=1),
     lambda: ToolDesk(), lambda: ToolDesk(num_orders=5, num_requests=2),
-    lambda: TwentyQuestions(), lambda: TwentyQuestions(10), lambda: GuessMyCity(),
+    lambda: TwentyQuestions(), lambda: TwentyQuestions(20), lambda: GuessMyCity(),
     *[lambda game=game: ToyText(game) for game in known_ids() if not game.startswith("turnrl/")]]
 
 

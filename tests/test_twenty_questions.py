@@ -41,7 +41,7 @@ YES = {  # written from the words of the game, object by object, not attribute b
 @pytest.mark.parametrize("name", YES)
 def test_every_attribute_of_every_object(name):
     yes = [words.replace("-", " ") for words in YES[name].split()]
-    said = replies(TwentyQuestions(), name, *(f"Is the object {words}?" for words in ALL))
+    said = replies(TwentyQuestions(20), name, *(f"Is the object {words}?" for words in ALL))
     assert said == ["Yes." if words in yes else "No." for words in ALL]
 
 
@@ -74,7 +74,7 @@ def test_what_is_no_question_about_an_object_is_invalid_and_counts(text):
     env = start(TwentyQuestions(), "dog")
     assert env.step(text)[:4] == ("Invalid question.", -1.0, False, False)
     assert env.info(False, True)["invalid_action"] and env.asked == 1
-    assert len(env.candidates) == 20, "nothing was learned"
+    assert len(env.candidates) == 10, "nothing was learned"
 
 
 @pytest.mark.parametrize("text", ["Is it Paris, Rome?", "Is it paris or rome?", "paris", "Is it a paris?"])
@@ -113,7 +113,7 @@ def test_everything_is_drawn_equally_often_and_named_in_info(make):
 
 
 def test_legal_actions_are_all_that_is_not_invalid():
-    for env, number in ((TwentyQuestions(10), 20), (TwentyQuestions(), 30), (GuessMyCity(), 20)):
+    for env, number in ((TwentyQuestions(), 20), (TwentyQuestions(20), 30), (GuessMyCity(), 20)):
         _, info = env.reset(seed=1)
         assert len(set(info["legal_actions"])) == number
         for action in info["legal_actions"]:
@@ -145,7 +145,7 @@ def test_a_player_of_random_commands_returns_what_was_computed(make, mean, succe
 
 
 def test_the_scripted_player_may_guess_what_fits_all_replies():
-    env = TwentyQuestions(question_share=0.0, informed_share=1.0)
+    env = TwentyQuestions(20, question_share=0.0, informed_share=1.0)
     start(env, "phone", "Is the object electric?", "Is the object used in an office?", "nonsense")
     rng = np.random.default_rng(0)
     assert {env.demonstrate(rng) for _ in range(50)} == {
@@ -153,9 +153,9 @@ def test_the_scripted_player_may_guess_what_fits_all_replies():
     env.step("Is the object a lamp?")
     assert {env.demonstrate(rng) for _ in range(50)} == {
         "Is the object a computer?", "Is the object a phone?"}
-    blind = start(TwentyQuestions(question_share=0.0, informed_share=0.0), "phone", "Is the object electric?")
+    blind = start(TwentyQuestions(20, question_share=0.0, informed_share=0.0), "phone", "Is the object electric?")
     assert len({blind.demonstrate(rng) for _ in range(400)}) == 20
-    asking = start(TwentyQuestions(question_share=1.0), "phone")
+    asking = start(TwentyQuestions(20, question_share=1.0), "phone")
     assert {asking.demonstrate(rng) for _ in range(400)} == set(asking.questions)
 
 
@@ -208,8 +208,10 @@ def test_wrong_arguments_are_refused():
             make_env("turnrl/TwentyQuestions-v0", **kwargs)
     with pytest.raises(TypeError):
         make_env("turnrl/GuessMyCity-v0", objects=10)
+    with pytest.raises(ValueError, match="^answer phone: none of football, .*, scissors$"):
+        TwentyQuestions().reset(options={"answer": "phone"})
 
 
 def test_the_instructions_name_every_command_form():
-    for env in (TwentyQuestions(10), TwentyQuestions(), GuessMyCity()):
+    for env in (TwentyQuestions(), TwentyQuestions(20), GuessMyCity()):
         assert all(text in env.instructions for text in itertools.chain(env.table, env.questions))
