@@ -129,22 +129,25 @@ run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 
 run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
 run seeupo desk_no_scale --advantage-scale none
 run seeupo desk_group_std --advantage-scale group_std
-# ArCHer: other scripts on the same game (A; guess_archer is the default run, evaluated more often), what its
-# critic is made of (B), training on a saved buffer only (C).
+# ArCHer: other scripts on the same game for as many episodes (A; guess_archer is the default run, evaluated
+# more often), what its critic is made of (B), training on the buffer of guess_archer only (C).
 often=(--eval-every 2)
 guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150
-       --warm-start-learning-rate 2e-3 --tiny-init-std 0.1 --num-iterations 60)
+       --warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
+ppo=("${guess[@]}" --variant ppo --num-prompts 32 --learning-rate 3e-4)
 run archer guess_archer "${often[@]}"
-ALGO=st_ppo run archer guess_ppo "${guess[@]}" "${often[@]}" --variant ppo --num-prompts 32 --learning-rate 3e-4
-ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --history-turns None --num-prompts 8 \
-    --group-size 4 --learning-rate 1e-3
-run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4 --num-iterations 40
+ALGO=st_ppo run archer guess_ppo "${ppo[@]}" "${often[@]}" --num-iterations 20
+ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iterations 20 --history-turns None \
+    --num-prompts 8 --group-size 4 --learning-rate 1e-4
+run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4
+ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 8 --num-iterations 80
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done  # the buffers of guess_archer are there
 all=$seeds
 for seeds in $all; do
     buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*" | grep __archer__) || true
-    offline=(--offline "$buffer" --eval-every 4)
-    run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted
+    offline=(--offline "$buffer" --eval-every 4)  # 60 optimizer steps of the policy each, iql after its warm-up
+    run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted \
+        --num-iterations 28
     run archer offline_clone "${offline[@]}" --actor-loss filtered_clone --keep-quantile 0
     run archer offline_best "${offline[@]}" --actor-loss filtered_clone
 done
