@@ -30,7 +30,8 @@ Changed from seeupo.py
 
 Deviations and choices
     D1  A turn the time limit cut goes on in Eq. 1 (code: it ends): --no-bootstrap-truncated.
-    D2  One causal pass gives V(s) and Q(s, a) (code: the answer is encoded apart from the state).
+    D2  One causal pass gives V(s), from its last token, and Q(s, a), from the mean over the
+        answer's tokens too (code: the answer is encoded apart from the state).
     D3  The end-of-turn token is trained (code: it is cut away).
     D4  Each network is clipped to its own gradient norm (code: one norm for both).
     D5  The critic starts as a copy of the policy's first layers (code: a RoBERTa).
@@ -207,8 +208,9 @@ class TurnCritic(torch.nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Q(s, a), V(s) and V(s'), each (N, J)."""
         hidden, rows = self.hidden(batch), torch.arange(len(batch["tokens"]), device=self.device)
-        state, answer, after = (hidden[rows, batch[name] - 1]
-                                for name in ("state_end", "answer_end", "lengths"))  # (N, D)
+        state, after = (hidden[rows, batch[name] - 1] for name in ("state_end", "lengths"))
+        mask = (batch["turn_id"] >= 0).float()  # (N, T)
+        answer = torch.einsum("nt,ntd->nd", mask / mask.sum(1, keepdim=True), hidden)  # (N, D)
         q = [head(torch.cat([state, answer], 1)) for head in self.q_heads]
         v, next_v = ([head(x) for head in self.v_heads] for x in (state, after))
         return torch.cat(q, 1), torch.cat(v, 1), torch.cat(next_v, 1)
@@ -300,7 +302,7 @@ def fresh_answers(policy: Policy, turns: dict[str, Tensor], uniforms: Tensor,
                 break
     batch = collate([Episode(0, "", [Turn("", "", state, True, answer, [0.0] * len(answer))])
                      for state, answer in zip(states, answers, strict=True)], policy.device)
-    return batch | {"state_end": ends, "answer_end": batch["lengths"]}
+    return batch | {"state_end": ends}
 
 
 # === 6. Update ===================================================================================

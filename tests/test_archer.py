@@ -329,6 +329,21 @@ def test_v_is_blind_to_the_answer_and_q_is_not(policy, buffer, critic):
         assert torch.equal(changed_v, v) == same_v and not torch.allclose(changed_q, q, atol=1e-4)
 
 
+def test_what_the_heads_read(buffer, critic):
+    """Q: the last token of the state and the mean over the answer's; V: the last token of a state."""
+    batch = buffer.draw(np.array([1, 4]), CPU)
+    q, v, next_v = critic(batch)
+    for i in range(2):
+        start, end, last = (int(batch[name][i]) for name in ("state_end", "answer_end", "lengths"))
+        hidden = critic.trunk(batch["tokens"][i : i + 1, :last], use_cache=False).last_hidden_state[0]
+        answer = sum(hidden[t] for t in range(start, end)) / (end - start)
+        for j in range(2):
+            expected = critic.q_heads[j](torch.cat([hidden[start - 1], answer])), critic.v_heads[j](
+                hidden[start - 1]), critic.v_heads[j](hidden[last - 1])
+            got = (q[i, j], v[i, j], next_v[i, j])
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+
+
 def test_what_follows_does_not_reach_q(buffer, critic):
     batch = buffer.draw(np.array([4]), CPU)
     other = batch | {"tokens": batch["tokens"].clone()}
@@ -356,8 +371,8 @@ def test_the_critic_has_its_own_parameters(policy, critic):
     ours = {p.data_ptr() for p in critic.parameters()}
     assert not ours & {p.data_ptr() for p in policy.model.parameters()}
     assert len(critic.trunk.layers) == 2 and len(policy.model.model.layers) == 4
-    q, v, next_v = critic({name: torch.tensor([[4, 5, 6]]) if name == "tokens" else torch.tensor([n])
-                           for name, n in (("tokens", 0), ("state_end", 1), ("answer_end", 2), ("lengths", 3))})
+    q, v, next_v = critic({"tokens": torch.tensor([[4, 5, 6]]), "turn_id": torch.tensor([[-1, 0, -1]]),
+                           "state_end": torch.tensor([1]), "lengths": torch.tensor([3])})
     (q.sum() + v.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in critic.named_parameters())
     assert all(p.grad is None for p in policy.model.parameters())
@@ -381,7 +396,7 @@ def test_fresh_answers_are_those_of_a_rollout_from_the_same_state(policy, buffer
                 break
         assert fresh["tokens"][i, end:length].tolist() == answer
         assert (fresh["turn_id"][i] >= 0).nonzero()[:, 0].tolist() == list(range(end, length))
-        assert fresh["answer_end"][i] == length and fresh["state_end"][i] == end
+        assert fresh["state_end"][i] == end
 
 
 def test_an_answer_is_cut_by_the_cap(policy, buffer):
