@@ -136,8 +136,8 @@ guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --
        --warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
 ppo=("${guess[@]}" --variant ppo --num-prompts 32)
 run archer guess_archer "${often[@]}"
-ALGO=st_ppo run archer guess_ppo "${ppo[@]}" "${often[@]}" --num-iterations 20 --learning-rate 3e-4
-ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iterations 20 --history-turns None \
+ALGO=st_ppo run archer guess_ppo "${ppo[@]}" "${often[@]}" --num-iterations 24 --learning-rate 3e-4
+ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iterations 24 --history-turns None \
     --num-prompts 8 --group-size 4 --learning-rate 1e-4
 run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4
 ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 8 --num-iterations 80 --learning-rate 1e-4
@@ -145,7 +145,8 @@ while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done  # the buffers
 all=$seeds
 for seeds in $all; do
     buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*" | grep __archer__) || true
-    offline=(--offline "$buffer" --eval-every 4)  # 60 optimizer steps of the policy each, iql after its warm-up
+    # 60 policy steps each, iql's after its warm-up of 8 iterations
+    offline=(--offline "$buffer" --eval-every 4 --learning-rate 1e-4 --num-iterations 20)
     run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted \
         --num-iterations 28
     run archer offline_clone "${offline[@]}" --actor-loss filtered_clone --keep-quantile 0

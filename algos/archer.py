@@ -74,12 +74,12 @@ class Args(RunArgs):
     group_size: int = 1  # episodes that start from the same seed (none are compared here)
     max_turns: int = 20  # turns after which an episode is truncated, K
     max_turn_tokens: int = 12  # tokens the policy may sample in one turn
-    learning_rate: float = 1e-4  # of AdamW, constant
-    num_iterations: int = 20  # iterations of: collect episodes, update
+    learning_rate: float = 5e-5  # of AdamW, constant
+    num_iterations: int = 24  # iterations of: collect episodes, update
     warm_start_steps: int = 150  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
-    eval_every: int = 5  # iterations between evaluations on held-out seeds
+    eval_every: int = 6  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
     actor_loss: ActorLoss = "policy_gradient"  # Eq. 6, 9 or 10; the last one needs no critic

@@ -69,9 +69,9 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "D": ("success", "tool desk: what divides the advantage",
               ["desk_reverse", "desk_no_scale", "desk_group_std"])},
     "archer": {
-        "A": ("return", "640 episodes: other scripts",
+        "A": ("return", "768 episodes: other scripts",
               ["guess_archer", "guess_ppo", "guess_ms_grpo", "guess_clone"]),
-        "B": ("return", "640 episodes: the critic",
+        "B": ("return", "768 episodes: the critic",
               ["guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
                "guess_uncentred"]),
         "C": ("return", "a saved buffer, no episodes",
