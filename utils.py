@@ -84,7 +84,7 @@ def reason(error: Exception) -> str:
 # === 2. Processes and random streams =============================================================
 # Every random number comes from a stream named by integers: (run seed, purpose, iteration, index).
 # No generator lives across iterations, so a resumed run, a run on two processes and a run with
-# another batch order draw the same numbers.
+# another batch order draw the same numbers. (A 0 at the end of a key does not make another stream.)
 DEMONSTRATE, PROMPTS, SAMPLE, EVALUATE, DRAW = range(5)
 
 

@@ -53,6 +53,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn
@@ -136,12 +137,12 @@ def utterance_advantages(q: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def best_turns(episode_return: Tensor, first: Tensor, quantile: float) -> Tensor:
+def best_turns(episode_return: Tensor, last: Tensor, quantile: float) -> Tensor:
     """The turns of the episodes whose return is at least that quantile of all episodes'. Eq. 10
 
-    episode_return (N,) of every turn's episode, first (N,) 1 for its first turn -> (N,) bool
+    episode_return (N,) of every turn's episode, last (N,) bool, its last turn -> (N,) bool
     """
-    return episode_return >= episode_return[first > 0].quantile(quantile)
+    return episode_return >= episode_return[last].quantile(quantile)
 
 
 # === 4. Loss =====================================================================================
@@ -248,7 +249,7 @@ def turns_of(policy: Policy, episodes: list[Episode], args: Args) -> list[dict]:
             answered = state + turn.token_ids
             turns.append({"tokens": answered + ([] if done else after), "state_end": len(state),
                           "answer_end": len(answered), "done": done, "reward": float(turn.reward),
-                          "return": returns[e][k], "first": k == 0,
+                          "return": returns[e][k], "last": last,
                           "episode_return": float(episode.total_reward)})
             state = answered
     return turns
@@ -310,10 +311,11 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
                   turns: dict[str, Tensor], fresh: dict[str, Tensor] | None,
                   args: Args) -> dict[str, float]:
     """One optimizer step of the critic on turns of the buffer, one step of its target. Eq. 1-4"""
-    own_q, _, next_values = turn_values(target, turns, args)
     if args.value_target == "monte_carlo":
-        turns["q_target"] = turns["v_target"] = turns["return"][:, None].expand_as(own_q)
+        returns = turns["return"][:, None].expand(-1, args.num_critics)
+        turns["q_target"] = turns["v_target"] = returns
     else:
+        own_q, _, next_values = turn_values(target, turns, args)
         turns["q_target"] = q_targets(turns["reward"], turns["done"], next_values, args.discount)
         turns["v_target"] = own_q if fresh is None else turn_values(target, fresh, args)[0]
     expectile = args.expectile if args.value_target == "expectile" else None
@@ -394,10 +396,14 @@ def main(args: Args) -> dict[str, float]:
             state |= {"baseline": baseline, "baseline_optimizer": baseline_optimizer}
         if args.offline:
             try:
-                saved = Path(args.offline) / "checkpoint" / "trainer_state.pt"
-                buffer.load_state_dict(torch.load(saved, weights_only=True)["buffer"])
+                folder = Path(args.offline) / "checkpoint"
+                saved = torch.load(folder / "trainer_state.pt", weights_only=True)["buffer"]
+                words = AutoTokenizer.from_pretrained(folder).get_vocab()
             except Exception as error:  # torch and pickle each have their own
                 stop(f"--offline {args.offline}: no checkpoint of this script ({reason(error)})")
+            if words != policy.tokenizer.get_vocab():
+                stop(f"--offline {args.offline} has other tokens: other --model, --env-id, --seed?")
+            buffer.load_state_dict(saved)
         run.restore(policy, **state)
         warm_up = args.actor_warm_up
         if warm_up is None:  # what the critic needs to know the start of an episode
@@ -436,11 +442,11 @@ def main(args: Args) -> dict[str, float]:
 
             # 3. advantages (N,), 4. update of the policy
             if cloning:
-                returns, first = (torch.tensor([float(turn[name]) for turn in buffer])
-                                  for name in ("episode_return", "first"))
-                pool = pool[best_turns(returns, first, args.keep_quantile).numpy()]
+                returns, last = (torch.tensor([turn[name] for turn in buffer])
+                                 for name in ("episode_return", "last"))
+                pool = pool[best_turns(returns, last, args.keep_quantile).numpy()]
             for step in range(args.actor_steps if iteration >= warm_up else 0):
-                turns, uniforms = draw(pool, args.actor_batch_turns, iteration, step)
+                turns, uniforms = draw(pool, args.actor_batch_turns, iteration, 1 + step)
                 if args.actor_loss == "policy_gradient":
                     turns = fresh_answers(policy, turns, uniforms, args)
                     fresh_tokens += (turns["turn_id"] >= 0).sum()
@@ -457,7 +463,7 @@ def main(args: Args) -> dict[str, float]:
                        "optimizer_steps": len(actor_updates)}
             if updates:
                 metrics |= {"value_gap": -error.mean().item(), "explained_variance":
-                            (1 - error.var() / newest["return"].var()).item()}
+                            (1 - error.var() / newest["return"].var().clamp(min=1e-8)).item()}
             for steps in (updates, actor_updates):
                 for name in steps[0] if steps else ():
                     metrics[name] = np.mean([u[name] for u in steps])

@@ -212,11 +212,11 @@ def test_the_best_episodes_are_those_above_a_quantile_of_episodes_not_of_turns()
     returns = torch.tensor([-20.0, -20, -17, -12, -9, -20, -15, -4, -4, -20])
     turns = torch.tensor([20, 20, 18, 13, 10, 20, 16, 5, 5, 20])
     of_turns = returns.repeat_interleave(turns)
-    first = torch.cat([torch.tensor([1.0] + [0.0] * (n - 1)) for n in turns.tolist()])
-    kept = best_turns(of_turns, first, 0.9)
+    last = torch.cat([torch.arange(n) == n - 1 for n in turns.tolist()])
+    kept = best_turns(of_turns, last, 0.9)
     assert kept.sum() == 10 and torch.equal(kept, of_turns == -4)
-    assert best_turns(torch.full((10,), -20.0), torch.ones(10), 0.9).all(), "equal ones are all kept"
-    assert best_turns(of_turns, first, 0.0).all()
+    assert best_turns(torch.full((10,), -20.0), torch.ones(10).bool(), 0.9).all(), "equal ones are all kept"
+    assert best_turns(of_turns, last, 0.0).all()
 
 
 # --- the buffer of turns -------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_turn_is_its_state_its_answer_and_what_comes_before_the_next(policy, b
     assert batch["done"].tolist() == [False, True, False, False, False, False]
     assert batch["return"].tolist() == pytest.approx([-1, 0, -2.8525, -1.95, -1, -1])
     assert batch["episode_return"].tolist() == [-1, -1, -3, -3, -3, -1]
-    assert batch["first"].tolist() == [1, 0, 1, 0, 0, 1]
+    assert batch["last"].tolist() == [False, True, False, False, True, True]
 
 
 def test_the_marked_tokens_are_the_answer_with_its_end(policy, buffer):
@@ -536,19 +536,21 @@ def test_the_default_warm_up_is_long_enough_for_the_start_to_be_known(tmp_path):
 
 
 def test_fresh_answers_are_made_again_after_every_step_of_the_policy(tmp_path, monkeypatch):
-    seen = []
+    seen, drawn = [], []
 
     def watched(policy, *args):
+        drawn.append(args[1].flatten()[: 8 * 4])  # of as many answers as a policy step has
         seen.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]).sum().item())
         return fresh_answers(policy, *args)
 
     monkeypatch.setattr(archer, "fresh_answers", watched)
     finished(short(tmp_path, actor_steps=3, num_iterations=1, learning_rate=1e-2))
     assert len(seen) == 4, "once for all critic steps, and once for each step of the policy"
+    assert len({x.sum().item() for x in drawn}) == 4, "other states and numbers every time"
     assert seen[0] == seen[1] and len(set(seen[1:])) == 3
 
 
-def test_a_saved_buffer_is_trained_on_without_playing(tmp_path):
+def test_a_saved_buffer_is_trained_on_without_playing(tmp_path, capsys):
     folder, rows, _ = finished(short(tmp_path / "online", actor_warm_up=2))
     turns = rows[-1]["buffer_turns"]
     for number, flags in enumerate(({"value_target": "expectile", "actor_loss": "advantage_weighted"},
@@ -559,6 +561,9 @@ def test_a_saved_buffer_is_trained_on_without_playing(tmp_path):
         assert rows[-1]["environment_steps"] == "0" and {row["buffer_turns"] for row in rows[1:]} == {turns}
         assert any(not torch.equal(x, start[name]) for name, x in weights.items())
         assert (rows[-1]["critic_steps"] == "0") == (flags.get("actor_loss") == "filtered_clone")
+    with pytest.raises(SystemExit):
+        main(short(tmp_path / "other", offline=str(folder), env_id="turnrl/GuessMyCity-v0"))
+    assert f"--offline {folder} has other tokens" in capsys.readouterr().err
 
 
 def test_cloning_draws_from_the_best_episodes_only(tmp_path):
