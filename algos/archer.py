@@ -30,8 +30,9 @@ Changed from seeupo.py
 
 Deviations and choices
     D1  A turn the time limit cut goes on in Eq. 1 (code: it ends): --no-bootstrap-truncated.
-    D2  One causal pass gives V(s), from its last token, and Q(s, a), from the mean over the
-        answer's tokens too (code: the answer is encoded apart from the state).
+    D2  One causal pass over an episode gives V of its states, from their last tokens, and Q, from
+        the mean over an answer's tokens too (code: state and answer are encoded apart). So a critic
+        step takes all turns of whole episodes; V learns at one of them, where an answer is fresh.
     D3  The end-of-turn token is trained (code: it is cut away).
     D4  Each network is clipped to its own gradient norm (code: one norm for both).
     D5  The critic starts as a copy of the policy's first layers (code: a RoBERTa).
@@ -56,12 +57,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from envs.episodes import Episode, Turn
+from envs.episodes import Episode
 from run_folder import Run
 from utils import (
-    DRAW, Decoder, Policy, RunArgs, all_reduce_sum, collate, collect_groups, evaluate,
+    DRAW, Decoder, Policy, RunArgs, all_reduce_sum, collect_groups, evaluate,
     gather_list, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, reason,
-    sample_tokens, select_rows, stop, token_logprobs, turn_table, world_size,
+    sample_tokens, stop, token_logprobs, world_size,
 )
 
 ActorLoss = Literal["policy_gradient", "advantage_weighted", "filtered_clone"]
@@ -91,7 +92,7 @@ class Args(RunArgs):
     target_rate: float = 0.5  # tau of Eq. 4
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
     critic_steps: int = 10  # optimizer steps of the critic per iteration
-    critic_batch_turns: int = 64  # turns per critic step
+    critic_batch_turns: int = 32  # turns per critic step; Q learns at all turns of their episodes
     actor_steps: int = 3  # optimizer steps of the policy per iteration
     actor_batch_turns: int = 128  # turns per policy step
     actor_warm_up: int | None = None  # iterations without policy steps; default 2 K / tau steps
@@ -122,39 +123,38 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, gamma: float) -> Tenso
 def q_targets(rewards: Tensor, done: Tensor, next_values: Tensor, discount: float) -> Tensor:
     """What Q should be, every head from its own V. Eq. 1
 
-    rewards (N,), done (N,) bool, next_values (N, J) -> (N, J)
+    rewards (..), done (..) bool, next_values (.., J) -> (.., J)
     """
-    return rewards[:, None] + torch.where(done[:, None], 0.0, discount * next_values)
+    return rewards[..., None] + torch.where(done[..., None], 0.0, discount * next_values)
 
 
 @torch.no_grad()
 def utterance_advantages(q: Tensor, v: Tensor) -> Tensor:
     """How much better an answer is than the policy's average one, pessimistic in both. Eq. 5
 
-    q, v (N, J) -> (N,)
+    q, v (.., J) -> (..)
     """
     return q.amin(-1) - v.amin(-1)
 
 
 @torch.no_grad()
-def best_turns(episode_return: Tensor, last: Tensor, quantile: float) -> Tensor:
-    """The turns of the episodes whose return is at least that quantile of all episodes'. Eq. 10
+def best_episodes(returns: Tensor, quantile: float) -> Tensor:
+    """Which episodes have a return of at least that quantile of all. Eq. 10
 
-    episode_return (N,) of every turn's episode, last (N,) bool, its last turn -> (N,) bool
+    returns (E,) -> (E,) bool; all of them if all are equal
     """
-    return episode_return >= episode_return[last].quantile(quantile)
+    return returns >= returns.quantile(quantile)
 
 
 # === 4. Loss =====================================================================================
-def critic_errors(q: Tensor, q_target: Tensor, v: Tensor, v_target: Tensor,
-                  expectile: float | None = None) -> Tensor:
-    """The squared errors of a turn, summed over the heads. Eq. 3, 8
+def squared_errors(values: Tensor, targets: Tensor, expectile: float | None = None) -> Tensor:
+    """The squared errors of a turn's values, summed over the heads. Eq. 3, 8
 
-    q, q_target, v, v_target (N, J) -> (N,)
+    values, targets (.., J) -> (..)
     """
-    error = v_target - v
+    error = targets - values
     weight = 1.0 if expectile is None else torch.where(error > 0, expectile, 1 - expectile)
-    return ((q_target - q) ** 2 + weight * error**2).sum(-1)
+    return (weight * error**2).sum(-1)
 
 
 @torch.no_grad()
@@ -183,8 +183,7 @@ def token_baseline_loss(baseline: Tensor, advantages: Tensor, weights: Tensor) -
 
 # === 5. Critics, the buffer and fresh answers ====================================================
 class TurnCritic(torch.nn.Module):
-    """A copy of the policy's first layers with J heads for Q and J for V. One causal pass over a
-    row that holds a state, an answer and what follows reads V(s), Q(s, a) and V(s')."""
+    """A copy of the policy's first layers with J heads for Q and J for V."""
 
     def __init__(self, policy: Policy, num_critics: int, num_layers: int):
         super().__init__()
@@ -202,19 +201,19 @@ class TurnCritic(torch.nn.Module):
         self.to(policy.device)
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """(N, T, D), entry t from the tokens up to and including t."""
+        """(B, T, D), entry t from the tokens up to and including t."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.trunk(batch["tokens"], use_cache=False).last_hidden_state.float()
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Q(s, a), V(s) and V(s'), each (N, J)."""
-        hidden, rows = self.hidden(batch), torch.arange(len(batch["tokens"]), device=self.device)
-        state, after = (hidden[rows, batch[name] - 1] for name in ("state_end", "lengths"))
-        mask = (batch["turn_id"] >= 0).float()  # (N, T)
-        answer = torch.einsum("nt,ntd->nd", mask / mask.sum(1, keepdim=True), hidden)  # (N, D)
-        q = [head(torch.cat([state, answer], 1)) for head in self.q_heads]
-        v, next_v = ([head(x) for head in self.v_heads] for x in (state, after))
-        return torch.cat(q, 1), torch.cat(v, 1), torch.cat(next_v, 1)
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Q(s, a) and V(s) of every turn, each (B, K, J), from one causal pass."""
+        hidden, starts = self.hidden(batch), batch["starts"]
+        state = hidden.gather(1, (starts - 1)[:, :, None].expand(-1, -1, hidden.shape[2]))
+        turn = torch.arange(starts.shape[1], device=self.device)
+        inside = (batch["turn_id"][:, None] == turn[:, None]).float()  # (B, K, T)
+        answer = inside @ hidden / inside.sum(2, keepdim=True).clamp(min=1)  # (B, K, D), its mean
+        q = [head(torch.cat([state, answer], 2)) for head in self.q_heads]
+        return torch.cat(q, 2), torch.cat([head(state) for head in self.v_heads], 2)
 
     def token_values(self, batch: dict[str, Tensor]) -> Tensor:
         """The first V (B, T) before every token of an answer; 0 elsewhere."""
@@ -224,108 +223,126 @@ class TurnCritic(torch.nn.Module):
 
 
 @torch.no_grad()
-def turn_values(critic: TurnCritic, batch: dict[str, Tensor],
-                args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Q(s, a), V(s) and V(s') of any number of rows, without gradient: three (N, J)."""
-    values = torch.zeros(3, len(batch["tokens"]), args.num_critics, device=critic.device)
-    numbered = batch | {"row": torch.arange(values.shape[1], device=critic.device)}
+def turn_values(critic: TurnCritic, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
+    """Q(s, a) and V(s) of any number of rows, without gradient: two (B, K, J)."""
+    values = torch.zeros(2, *batch["starts"].shape, args.num_critics, device=critic.device)
+    numbered = batch | {"row": torch.arange(len(batch["starts"]), device=critic.device)}
     for part in micro_batches(numbered, args.micro_batch_tokens):
-        values[:, part["row"]] = torch.stack(critic(part))
-    return tuple(values)
+        values[:, part["row"], : part["starts"].shape[1]] = torch.stack(critic(part))
+    return values[0], values[1]
 
 
-def turns_of(policy: Policy, episodes: list[Episode], args: Args) -> list[dict]:
-    """Every turn as a row of tokens: its state, its answer, and up to the next answer."""
-    rewards, mask = turn_table(episodes, lambda turn: turn.reward, policy.device)
-    returns, turns = turn_returns(rewards, mask, args.discount).tolist(), []
-    for e, episode in enumerate(episodes):
-        state: list[int] = []
-        for k, turn in enumerate(episode.turns):
-            last = turn is episode.turns[-1]
-            done = last and (episode.terminated or episode.overflowed
-                             or not args.bootstrap_truncated)
-            after = policy.prompt(episode, None)[0] if last else episode.turns[k + 1].prompt_ids
-            state = state + turn.prompt_ids
-            answered = state + turn.token_ids
-            turns.append({"tokens": answered + ([] if done else after), "state_end": len(state),
-                          "answer_end": len(answered), "done": done, "reward": float(turn.reward),
-                          "return": returns[e][k], "last": last,
-                          "episode_return": float(episode.total_reward)})
-            state = answered
-    return turns
+def rows_of(policy: Policy, episodes: list[Episode], args: Args) -> list[dict]:
+    """Every episode as a row of tokens, with where its answers start and end. One that a time limit
+    cut has another state at its end, and an empty answer."""
+    rows = []
+    for e in episodes:
+        turns = [(turn.prompt_ids, turn.token_ids, float(turn.reward)) for turn in e.turns]
+        if args.bootstrap_truncated and not (e.terminated or e.overflowed):
+            turns.append((policy.prompt(e, None)[0], [], 0.0))
+        row = {"tokens": [], "starts": [], "ends": [], "rewards": [], "turns": len(e.turns)}
+        for state, answer, reward in turns:
+            row["starts"].append(len(row["tokens"]) + len(state))
+            row["ends"].append(row["starts"][-1] + len(answer))
+            row["rewards"].append(reward)
+            row["tokens"] += state + answer
+        rows.append(row)
+    return rows
+
+
+def one_turn(row: dict, k: int) -> dict:
+    """A row of turn k alone: its state and its answer."""
+    return {"tokens": row["tokens"][: row["ends"][k]], "starts": [row["starts"][k]],
+            "ends": [row["ends"][k]], "rewards": [row["rewards"][k]], "turns": 1}
+
+
+def pad_rows(rows: list[dict], args: Args, device: torch.device) -> dict[str, Tensor]:
+    """A batch (B, T) with what is known of every turn (B, K); turn_id marks the answers."""
+    tokens, starts, ends, rewards = (torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=padding)
+        for name, padding in (("tokens", 0), ("starts", 1), ("ends", 0), ("rewards", 0.0)))
+    turn, at = torch.arange(starts.shape[1]), torch.arange(tokens.shape[1])
+    inside = (at >= starts[:, :, None]) & (at < ends[:, :, None])  # (B, K, T)
+    played = ends > starts
+    done = turn == torch.tensor([row["turns"] - 1 if len(row["ends"]) == row["turns"] else -1
+                                 for row in rows])[:, None]
+    batch = {"tokens": tokens, "turn_id": (inside * (turn + 1)[:, None]).sum(1) - 1,
+             "lengths": torch.tensor([len(row["tokens"]) for row in rows]), "starts": starts,
+             "played": played, "rewards": rewards, "done": done,
+             "returns": turn_returns(rewards, played, args.discount)}
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 class ReplayBuffer(list):
-    """The turns of all past policies, the oldest first; part of the checkpoint."""
+    """The episodes of all past policies as rows, the oldest first; part of the checkpoint."""
 
-    def push(self, turns: list[dict], capacity: int):
-        """Append turns, and drop the oldest ones beyond the capacity."""
-        self[:] = (self + turns)[-capacity:]
-
-    def draw(self, index: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """The turns with these numbers as a padded batch; turn_id marks their answers."""
-        turns = [self[i] for i in index]
-        batch = {name: torch.tensor([turn[name] for turn in turns])
-                 for name in turns[0] if name != "tokens"}
-        rows = [torch.tensor(turn["tokens"]) for turn in turns]
-        batch |= {"tokens": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-                  "lengths": torch.tensor([len(row) for row in rows])}
-        at = torch.arange(batch["tokens"].shape[1])
-        answer = (at >= batch["state_end"][:, None]) & (at < batch["answer_end"][:, None])
-        batch["turn_id"] = torch.where(answer, 0, -1)
-        return {name: x.to(device) for name, x in batch.items()}
+    def push(self, rows: list[dict], capacity: int):
+        """Append episodes, and drop the oldest ones whose turns are beyond the capacity."""
+        self[:] = self + rows
+        turns = np.cumsum([row["turns"] for row in reversed(self)])  # from the newest on
+        self[:] = self[-max(1, int((turns <= capacity).sum())):]
 
     def state_dict(self) -> dict:
-        return {"turns": list(self)}
+        return {"rows": list(self)}
 
     def load_state_dict(self, state: dict):
-        self[:] = state["turns"]
+        self[:] = state["rows"]
 
 
 @torch.no_grad()
-def fresh_answers(policy: Policy, turns: dict[str, Tensor], uniforms: Tensor,
+def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tensor,
                   args: Args) -> dict[str, Tensor]:
-    """The same states with answers of the policy as it is now; uniforms (N, max_turn_tokens)."""
+    """Answers of the policy as it is now to the states of turns; uniforms (N, max_turn_tokens)."""
     policy.model.eval()
-    answers: list[list[int]] = [[] for _ in uniforms]
-    ends = turns["state_end"]
-    states = [row[:end] for row, end in zip(turns["tokens"].tolist(), ends.tolist(), strict=True)]
-    numbered = {"lengths": ends, "row": torch.arange(len(ends)).to(ends)}
-    for part in micro_batches(numbered, args.micro_batch_tokens):
-        rows = part["row"].tolist()
-        decoder, unfed = Decoder(policy, len(rows)), [states[row] for row in rows]
+    rows = [{"tokens": row["tokens"][: row["starts"][k]], "starts": [row["starts"][k]],
+             "rewards": [0.0], "turns": 1} for row, k in turns]
+    lengths = torch.tensor([len(row["tokens"]) for row in rows])
+    for part in micro_batches({"lengths": lengths, "row": torch.arange(len(rows))},
+                              args.micro_batch_tokens):
+        here, number = [rows[i] for i in part["row"].tolist()], uniforms[part["row"]]
+        decoder, unfed = Decoder(policy, len(here)), [row["tokens"] for row in here]
         for step in range(args.max_turn_tokens):
-            tokens, _ = sample_tokens(decoder.feed(unfed), args.temperature, uniforms[rows, step])
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                answers[row] += [] if answers[row][-1:] == [policy.end_id] else [token]
-            unfed = [[] if answers[row][-1] == policy.end_id else answers[row][-1:] for row in rows]
+            tokens, _ = sample_tokens(decoder.feed(unfed), args.temperature, number[:, step])
+            unfed = []
+            for row, token in zip(here, tokens.tolist(), strict=True):
+                ended = step > 0 and row["tokens"][-1] == policy.end_id
+                row["tokens"] = row["tokens"] + [token] * (not ended)
+                unfed.append([] if ended or token == policy.end_id else [token])
             if not any(unfed):
                 break
-    batch = collate([Episode(0, "", [Turn("", "", state, True, answer, [0.0] * len(answer))])
-                     for state, answer in zip(states, answers, strict=True)], policy.device)
-    return batch | {"state_end": ends}
+    rows = [row | {"ends": [len(row["tokens"])]} for row in rows]
+    return pad_rows(rows, args, policy.device)
 
 
 # === 6. Update ===================================================================================
 def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim.Optimizer,
-                  turns: dict[str, Tensor], fresh: dict[str, Tensor] | None,
+                  batch: dict[str, Tensor], fresh: dict[str, Tensor] | None,
                   args: Args) -> dict[str, float]:
-    """One optimizer step of the critic on turns of the buffer, one step of its target. Eq. 1-4"""
+    """One optimizer step of the critic on whole episodes, one step of its target. Eq. 1-4
+
+    batch: episodes drawn by their turns batch["chosen"] (B,); fresh: answers to those states
+    """
+    played = batch["played"].float()  # (B, K)
+    batch["weights"] = played / played.sum(1, keepdim=True) / args.critic_batch_turns
+    q, v = turn_values(target, batch, args)  # (B, K, J)
+    following = torch.nn.functional.pad(v[:, 1:], (0, 0, 0, 1))
+    batch["q_target"] = q_targets(batch["rewards"], batch["done"], following, args.discount)
+    batch["v_target"], batch["v_weights"] = q, batch["weights"]
     if args.value_target == "monte_carlo":
-        returns = turns["return"][:, None].expand(-1, args.num_critics)
-        turns["q_target"] = turns["v_target"] = returns
-    else:
-        own_q, _, next_values = turn_values(target, turns, args)
-        turns["q_target"] = q_targets(turns["reward"], turns["done"], next_values, args.discount)
-        turns["v_target"] = own_q if fresh is None else turn_values(target, fresh, args)[0]
+        batch["q_target"] = batch["v_target"] = batch["returns"][:, :, None].expand_as(q)
+    if fresh is not None:  # V learns where the answer is fresh, Q at all turns of the episode
+        here = torch.arange(q.shape[1], device=critic.device) == batch["chosen"][:, None]
+        batch["v_weights"] = here / args.critic_batch_turns
+        batch["v_target"] = turn_values(target, fresh, args)[0].expand_as(q)
     expectile = args.expectile if args.value_target == "expectile" else None
     sums = torch.zeros(4, device=critic.device)
-    for rows in micro_batches(turns, args.micro_batch_tokens):
-        q, v, _ = critic(rows)
-        errors = critic_errors(q, rows["q_target"], v, rows["v_target"], expectile)
-        (errors.sum() / args.critic_batch_turns).backward()
-        parts = (errors, q.mean(1), v.mean(1), q.amax(1) - q.amin(1))
-        sums += torch.stack([x.detach().sum() / args.critic_batch_turns for x in parts])
+    for rows in micro_batches(batch, args.micro_batch_tokens):
+        q, v = critic(rows)
+        loss = (rows["weights"] * squared_errors(q, rows["q_target"])
+                + rows["v_weights"] * squared_errors(v, rows["v_target"], expectile)).sum()
+        loss.backward()
+        parts = (q.mean(2), v.mean(2), q.amax(2) - q.amin(2))
+        sums += torch.stack([loss, *((rows["weights"] * x).sum() for x in parts)]).detach()
     names = ("critic_loss", "q", "v", "q_disagreement")
     metrics = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
     metrics["critic_grad_norm"] = optimizer_step(critic, optimizer, args.max_grad_norm)
@@ -413,57 +430,62 @@ def main(args: Args) -> dict[str, float]:
         def evaluation():
             return evaluate(policy, run.eval_envs, args)
 
-        def draw(pool: np.ndarray, count: int, *key: int) -> tuple[dict[str, Tensor], Tensor]:
+        def draw(turns: list, count: int, *key: int) -> tuple[list, Tensor]:
             """This process's share of some turns, and random numbers for new answers."""
             rng, mine = random_stream(args.seed, DRAW, *key), slice(rank(), None, world_size())
-            index, uniforms = rng.choice(pool, count), rng.random((count, args.max_turn_tokens))
-            return (buffer.draw(index[mine], policy.device),
-                    torch.tensor(uniforms[mine], device=policy.device))
+            drawn = [turns[i] for i in rng.integers(len(turns), size=count)[mine]]
+            return drawn, torch.tensor(rng.random((count, args.max_turn_tokens))[mine])
 
         for iteration in run.iterations(policy, evaluation, **state):
-            # 1. collect num_prompts groups of group_size episodes; their turns go to the buffer
+            # 1. collect num_prompts groups of group_size episodes for the buffer
             episodes = [] if args.offline else collect_groups(policy, envs, args, iteration)
-            buffer.push(gather_list(turns_of(policy, episodes, args)), args.replay_turns)
-            pool, updates, actor_updates, fresh_tokens = np.arange(len(buffer)), [], [], 0
+            buffer.push(gather_list(rows_of(policy, episodes, args)), args.replay_turns)
+            turns = [(row, k) for row in buffer for k in range(row["turns"])]
+            updates, actor_updates, fresh_tokens = [], [], 0
 
-            # 2. critic; its fresh answers are made at once, for the policy stands still meanwhile
-            if not cloning:
-                newest = buffer.draw(pool[-args.critic_batch_turns:], policy.device)
-                error = newest["return"] - turn_values(critic, newest, args)[1].mean(1)
-                turns, uniforms = draw(pool, args.critic_steps * args.critic_batch_turns, iteration)
-                fresh = None
+            # 2. critic
+            newest = pad_rows(buffer[-args.num_prompts:], args, policy.device)
+            values = turn_values(critic, newest, args)[1].mean(2)[newest["played"]]
+            for step in range(0 if cloning else args.critic_steps):
+                drawn, uniforms = draw(turns, args.critic_batch_turns, iteration, 1 + step)
+                batch, fresh = pad_rows([row for row, _ in drawn], args, policy.device), None
+                batch["chosen"] = torch.tensor([k for _, k in drawn], device=policy.device)
                 if args.value_target == "fresh":
-                    fresh = fresh_answers(policy, turns, uniforms, args)
-                    fresh_tokens += (fresh["turn_id"] >= 0).sum()
-                for rows in torch.arange(len(turns["done"])).chunk(args.critic_steps):
-                    updates.append(critic_update(
-                        critic, target, critic_optimizer, select_rows(turns, rows),
-                        fresh and select_rows(fresh, rows), args))
+                    fresh = fresh_answers(policy, drawn, uniforms, args)
+                    fresh_tokens += (fresh["turn_id"] >= 0).sum().item()
+                updates.append(critic_update(critic, target, critic_optimizer, batch, fresh, args))
 
             # 3. advantages (N,), 4. update of the policy
             if cloning:
-                returns, last = (torch.tensor([turn[name] for turn in buffer])
-                                 for name in ("episode_return", "last"))
-                pool = pool[best_turns(returns, last, args.keep_quantile).numpy()]
+                returns = torch.tensor([sum(row["rewards"]) for row in buffer])
+                kept = best_episodes(returns, args.keep_quantile).tolist()
+                turns = [(row, k) for row, keep in zip(buffer, kept, strict=True) if keep
+                         for k in range(row["turns"])]
             for step in range(args.actor_steps if iteration >= warm_up else 0):
-                turns, uniforms = draw(pool, args.actor_batch_turns, iteration, 1 + step)
+                drawn, uniforms = draw(turns, args.actor_batch_turns, iteration,
+                                       1 + args.critic_steps + step)
+                batch = pad_rows([one_turn(*turn) for turn in drawn], args, policy.device)
                 if args.actor_loss == "policy_gradient":
-                    turns = fresh_answers(policy, turns, uniforms, args)
-                    fresh_tokens += (turns["turn_id"] >= 0).sum()
-                turns["advantages"] = (turns["reward"] * 0 if cloning else
-                                       utterance_advantages(*turn_values(critic, turns, args)[:2]))
-                actor_updates.append(update(policy, baseline, optimizer, baseline_optimizer, turns,
+                    batch = fresh_answers(policy, drawn, uniforms, args)
+                    fresh_tokens += (batch["turn_id"] >= 0).sum().item()
+                batch["advantages"] = torch.zeros(len(drawn), device=policy.device)
+                if not cloning:
+                    q, v = turn_values(critic, batch, args)
+                    batch["advantages"] = utterance_advantages(q, v)[:, 0]
+                actor_updates.append(update(policy, baseline, optimizer, baseline_optimizer, batch,
                                             args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            fresh_tokens = all_reduce_sum(torch.as_tensor(fresh_tokens)).item()
+            fresh_tokens = all_reduce_sum(torch.tensor(fresh_tokens)).item()
             run.totals["generated_tokens"] += fresh_tokens  # they cost what those of episodes do
-            metrics = {"buffer_turns": len(buffer), "trained_share": len(pool) / len(buffer),
+            returns = newest["returns"][newest["played"]]
+            unexplained = (returns - values).var() / returns.var().clamp(min=1e-8)
+            buffer_turns = sum(row["turns"] for row in buffer)
+            metrics = {"buffer_turns": buffer_turns, "trained_share": len(turns) / buffer_turns,
                        "fresh_tokens": fresh_tokens, "critic_steps": len(updates),
-                       "optimizer_steps": len(actor_updates)}
-            if updates:
-                metrics |= {"value_gap": -error.mean().item(), "explained_variance":
-                            (1 - error.var() / newest["return"].var().clamp(min=1e-8)).item()}
+                       "optimizer_steps": len(actor_updates),
+                       "value_gap": (values - returns).mean().item(),
+                       "explained_variance": 1 - unexplained.item()}
             for steps in (updates, actor_updates):
                 for name in steps[0] if steps else ():
                     metrics[name] = np.mean([u[name] for u in steps])

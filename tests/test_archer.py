@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from algos import archer
 from algos.archer import (
-    Args, ReplayBuffer, TurnCritic, actor_objective, best_turns, critic_errors, critic_update,
-    fresh_answers, main, polyak_update, q_targets, token_baseline_loss, turn_returns, turn_values, turns_of,
+    Args, ReplayBuffer, TurnCritic, actor_objective, best_episodes, critic_update, fresh_answers, main, one_turn,
+    pad_rows, polyak_update, q_targets, rows_of, squared_errors, token_baseline_loss, turn_returns, turn_values,
     update, utterance_advantages,
 )
 from conftest import KeepGradient
@@ -45,24 +45,22 @@ def test_every_head_has_its_own_target_and_the_end_has_none():
 
 def test_the_critic_s_loss_by_hand():
     q = Q.clone().requires_grad_()
-    errors = critic_errors(q, q_targets(REWARDS, DONE, NEXT, 0.95), V, TARGET_Q)
+    errors = squared_errors(q, q_targets(REWARDS, DONE, NEXT, 0.95)) + squared_errors(V, TARGET_Q)
     assert errors.shape == (3,) and errors.mean().item() == pytest.approx(0.5520083333)
     errors.mean().backward()
     assert q.grad[:, 0].tolist() == pytest.approx([0.233333, -0.066667, -0.333333], abs=1e-6)
-    zero = torch.zeros(3, 1).double()
     y = q_targets(REWARDS, DONE, NEXT, 0.95)
     for head, of_q, of_v in ((0, 0.1275, 0.18), (1, 0.091175, 0.1533333)):
-        assert critic_errors(Q[:, head:][:, :1], y[:, head:][:, :1], zero, zero).mean() == pytest.approx(of_q)
-        assert critic_errors(zero, zero, V[:, head:][:, :1], TARGET_Q[:, head:][:, :1]).mean() == pytest.approx(of_v)
+        assert squared_errors(Q[:, head:][:, :1], y[:, head:][:, :1]).mean() == pytest.approx(of_q)
+        assert squared_errors(V[:, head:][:, :1], TARGET_Q[:, head:][:, :1]).mean() == pytest.approx(of_v)
 
 
 def test_the_expectile_weighs_a_value_that_is_too_low_more():
     difference = double([[-0.6, 0.1], [0.3, -0.6], [-0.3, 0.3]])
     zero = torch.zeros_like(difference)
-    assert critic_errors(zero, zero, zero, difference, 0.9).mean() == pytest.approx(0.084)
-    head = difference[:, :1]
-    assert critic_errors(zero[:, :1], zero[:, :1], zero[:, :1], head, 0.5).mean() == pytest.approx(0.09)
-    assert critic_errors(head, zero[:, :1], zero[:, :1], zero[:, :1], 0.9).mean() == pytest.approx(0.18), "not of Q"
+    assert squared_errors(zero, difference, 0.9).mean() == pytest.approx(0.084)
+    assert squared_errors(zero[:, :1], difference[:, :1], 0.5).mean() == pytest.approx(0.09)
+    assert squared_errors(zero[:, :1], difference[:, :1]).mean() == pytest.approx(0.18), "without: not halved"
 
 
 def test_the_target_moves_by_its_rate_after_every_step():
@@ -129,8 +127,8 @@ def test_the_coin_game_s_fixed_point():
     optimizer = torch.optim.SGD(online.parameters(), lr=0.5)
     for _ in range(400):
         y = q_targets(rewards.double(), done, target.v[torch.ones(8).long()], 0.95)
-        errors = critic_errors(online.q[at, action], y, torch.zeros(8, 2), torch.zeros(8, 2))
-        values = critic_errors(torch.zeros(2, 2), torch.zeros(2, 2), online.v, target.q.detach().mean(1))
+        errors = squared_errors(online.q[at, action], y)
+        values = squared_errors(online.v, target.q.detach().mean(1))
         ((share * errors).sum() + values.sum()).backward()
         optimizer.step(), optimizer.zero_grad()
         polyak_update(target, online, 0.1)
@@ -208,15 +206,11 @@ def test_returns_to_go(rewards, expected):
     assert turn_returns(padded, mask, 0.95)[0].tolist() == pytest.approx([*expected, 0])
 
 
-def test_the_best_episodes_are_those_above_a_quantile_of_episodes_not_of_turns():
+def test_the_best_episodes_are_those_above_a_quantile():
     returns = torch.tensor([-20.0, -20, -17, -12, -9, -20, -15, -4, -4, -20])
-    turns = torch.tensor([20, 20, 18, 13, 10, 20, 16, 5, 5, 20])
-    of_turns = returns.repeat_interleave(turns)
-    last = torch.cat([torch.arange(n) == n - 1 for n in turns.tolist()])
-    kept = best_turns(of_turns, last, 0.9)
-    assert kept.sum() == 10 and torch.equal(kept, of_turns == -4)
-    assert best_turns(torch.full((10,), -20.0), torch.ones(10).bool(), 0.9).all(), "equal ones are all kept"
-    assert best_turns(of_turns, last, 0.0).all()
+    assert best_episodes(returns, 0.9).tolist() == [x == -4 for x in returns.tolist()]
+    assert best_episodes(torch.full((10,), -20.0), 0.9).all(), "equal ones are all kept"
+    assert best_episodes(returns, 0.0).all()
 
 
 # --- the buffer of turns -------------------------------------------------------------------------
@@ -248,68 +242,76 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def buffer(policy) -> ReplayBuffer:
-    buffer = ReplayBuffer()
-    buffer.push(turns_of(policy, played(policy), Args()), 100)
-    return buffer
+def rows(policy) -> list[dict]:
+    return rows_of(policy, played(policy), Args())
 
 
-def texts(policy, buffer, index) -> list[tuple[str, str, str]]:
-    """State, answer and what follows of some turns, as text."""
-    batch = buffer.draw(np.array(index), CPU)
-    parts = []
-    for i in range(len(index)):
-        ends = [0, *(int(batch[name][i]) for name in ("state_end", "answer_end", "lengths"))]
-        parts.append(tuple(policy.tokenizer.decode(batch["tokens"][i, a:b]) for a, b in itertools.pairwise(ends)))
-    return parts
+def texts(policy, row) -> list[tuple[str, str]]:
+    """State (from the last answer on) and answer of every turn."""
+    ends = [0, *row["ends"]]
+    return [tuple(policy.tokenizer.decode(row["tokens"][a:b]) for a, b in ((before, start), (start, end)))
+            for before, start, end in zip(ends, row["starts"], row["ends"], strict=False)]
 
 
-def test_a_turn_is_its_state_its_answer_and_what_comes_before_the_next(policy, buffer):
-    u, a, e = "<|user|>", "<|assistant|>", "<|end|>"
-    first, soft, no = f"{u}Questions:{a}", f"Is the object soft?{e}", f"{u}No.{a}"
-    dog, big, what = (f"{words}{e}" for words in ("Is the object a dog?", "Is the object big?", "What?"))
-    assert texts(policy, buffer, range(6)) == [
-        (first, soft, f"{u}Yes.{a}"), (f"{first}{soft}{u}Yes.{a}", dog, ""),
-        (first, big, no), (f"{first}{big}{no}", dog, no),
-        (f"{first}{big}{no}{dog}{no}", what, f"{u}Invalid question.{a}"),
-        (first, "Is the object a", f"{e}{u}Invalid question.{a}")]
-    batch = buffer.draw(np.arange(6), CPU)
-    assert batch["reward"].tolist() == [-1, 0, -1, -1, -1, -1]
-    assert batch["done"].tolist() == [False, True, False, False, False, False]
-    assert batch["return"].tolist() == pytest.approx([-1, 0, -2.8525, -1.95, -1, -1])
-    assert batch["episode_return"].tolist() == [-1, -1, -3, -3, -3, -1]
-    assert batch["last"].tolist() == [False, True, False, False, True, True]
+U, A, E = "<|user|>", "<|assistant|>", "<|end|>"
+FIRST, NO, WHAT = f"{U}Questions:{A}", f"{U}No.{A}", f"{U}Invalid question.{A}"
 
 
-def test_the_marked_tokens_are_the_answer_with_its_end(policy, buffer):
-    batch = buffer.draw(np.array([3, 5]), CPU)
-    for i, text in enumerate([f"Is the object a dog?{'<|end|>'}", "Is the object a"]):
-        assert policy.tokenizer.decode(batch["tokens"][i][batch["turn_id"][i] >= 0]) == text
-    assert (batch["turn_id"] <= 0).all()
+def test_an_episode_is_a_row_of_states_and_answers(policy, rows):
+    dog = f"Is the object a dog?{E}"
+    assert [texts(policy, row) for row in rows] == [
+        [(FIRST, f"Is the object soft?{E}"), (f"{U}Yes.{A}", dog)],
+        [(FIRST, f"Is the object big?{E}"), (NO, dog), (NO, f"What?{E}"), (WHAT, "")],
+        [(FIRST, "Is the object a"), (f"{E}{WHAT}", "")]], "the state after a cut has an empty answer"
+    assert [row["rewards"] for row in rows] == [[-1, 0], [-1, -1, -1, 0], [-1, 0]]
+    assert [row["turns"] for row in rows] == [2, 3, 1]
+    assert all(len(row["tokens"]) == row["ends"][-1] for row in rows)
 
 
-@pytest.mark.parametrize("flags,overflowed,done", [
-    ({}, False, False), ({"bootstrap_truncated": False}, False, True), ({}, True, True)])
-def test_what_ends_the_bootstrap(policy, flags, overflowed, done):
+@pytest.mark.parametrize("flags,overflowed,goes_on", [
+    ({}, False, True), ({"bootstrap_truncated": False}, False, False), ({}, True, False)])
+def test_what_ends_the_bootstrap(policy, flags, overflowed, goes_on):
     """A limit of time goes on unless told otherwise; a full context has no next prompt."""
     episodes = played(policy)
     episodes[1].overflowed = overflowed
+    row = rows_of(policy, episodes, Args(**flags))[1]
+    assert (len(row["ends"]) == 4) == goes_on and row["turns"] == 3
+    assert pad_rows([row], Args(), CPU)["done"][0, :3].tolist() == [False, False, not goes_on]
+
+
+def test_a_batch_by_hand(policy, rows):
+    batch = pad_rows(rows, Args(), CPU)
+    assert batch["played"].tolist() == [[True, True, False, False], [True] * 3 + [False], [True] + [False] * 3]
+    assert batch["done"].tolist() == [[False, True, False, False], [False] * 4, [False] * 4]
+    assert batch["rewards"].tolist() == [[-1, 0, 0, 0], [-1, -1, -1, 0], [-1, 0, 0, 0]]
+    assert batch["returns"][:, :3].tolist() == [[-1, 0, 0], pytest.approx([-2.8525, -1.95, -1]), [-1, 0, 0]]
+    for i, row in enumerate(rows):
+        assert batch["lengths"][i] == len(row["tokens"])
+        assert batch["tokens"][i, : len(row["tokens"])].tolist() == row["tokens"]
+        assert batch["starts"][i, : len(row["starts"])].tolist() == row["starts"]
+        for k in range(4):
+            marked = batch["tokens"][i][batch["turn_id"][i] == k].tolist()
+            assert marked == (row["tokens"][row["starts"][k] : row["ends"][k]] if k < row["turns"] else [])
+
+
+def test_one_turn_is_its_state_and_its_answer(policy, rows):
+    row = one_turn(rows[1], 1)
+    assert row["tokens"] == rows[1]["tokens"][: rows[1]["ends"][1]]
+    batch = pad_rows([row, one_turn(rows[0], 1)], Args(), CPU)
+    assert batch["turn_id"].unique().tolist() == [-1, 0] and batch["starts"].shape == (2, 1)
+    assert policy.tokenizer.decode(batch["tokens"][0][batch["turn_id"][0] == 0]) == f"Is the object a dog?{E}"
+
+
+def test_the_oldest_episodes_make_room(rows):
     buffer = ReplayBuffer()
-    buffer.push(turns_of(policy, episodes, Args(**flags)), 100)
-    assert buffer.draw(np.arange(6), CPU)["done"].tolist() == [False, True, False, False, done, done and not overflowed]
-    assert (texts(policy, buffer, [4])[0][2] == "") == done
-
-
-def test_the_oldest_turns_make_room(policy):
-    turns, small = turns_of(policy, played(policy), Args()), ReplayBuffer()
     for _ in range(3):
-        small.push(turns, 4)
-    whole = ReplayBuffer()
-    whole.push(turns, 100)
-    assert len(small) == 4 and texts(policy, small, range(4)) == texts(policy, whole, range(2, 6))
+        buffer.push(rows, 8)  # 2, 3 and 1 turns
+    assert buffer == [rows[2], *rows] and sum(row["turns"] for row in buffer) == 7
+    buffer.push(rows[1:2], 2)
+    assert buffer == [rows[1]], "the newest episode stays"
     other = ReplayBuffer()
-    other.load_state_dict(copy.deepcopy(small.state_dict()))
-    assert texts(policy, other, [3, 0, 3]) == texts(policy, whole, [5, 2, 5])
+    other.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    assert other == buffer and type(buffer.state_dict()["rows"]) is list
 
 
 # --- the critic ----------------------------------------------------------------------------------
@@ -319,60 +321,58 @@ def critic(policy) -> TurnCritic:
     return TurnCritic(policy, num_critics=2, num_layers=2)
 
 
-def test_v_is_blind_to_the_answer_and_q_is_not(policy, buffer, critic):
-    batch = buffer.draw(np.array([4]), CPU)
-    q, v, _ = critic(batch)
-    for name, same_v in (("state_end", True), ("lengths", False)):
+def test_what_the_heads_read(rows, critic):
+    """V: the last token of the state; Q: that and the mean over the answer's tokens, turn by turn."""
+    q, v = critic(pad_rows(rows, Args(), CPU))
+    for i, row in enumerate(rows):
+        for k in range(row["turns"]):
+            tokens = torch.tensor([row["tokens"][: row["ends"][k]]])  # nothing of what follows
+            hidden, start = critic.trunk(tokens, use_cache=False).last_hidden_state[0], row["starts"][k]
+            answer = sum(hidden[start:]) / len(hidden[start:])
+            for j in range(2):
+                expected = critic.q_heads[j](torch.cat([hidden[start - 1], answer]))
+                assert torch.allclose(q[i, k, j], expected, atol=1e-5)
+                assert torch.allclose(v[i, k, j], critic.v_heads[j](hidden[start - 1]), atol=1e-5)
+    assert v[0].std(0).min() > 1e-3 and (v[:, :1, 0] - v[:, :1, 1]).abs().min() > 1e-4, "states and heads differ"
+
+
+def test_v_is_blind_to_the_answer_and_q_is_not(rows, critic):
+    batch = pad_rows(rows[1:2], Args(), CPU)
+    q, v = critic(batch)
+    for place, same_v in ((batch["starts"][0, 1], True), (batch["starts"][0, 1] - 1, False)):
         other = batch | {"tokens": batch["tokens"].clone()}
-        other["tokens"][0, batch["state_end"] - (0 if name == "state_end" else 1)] += 1
-        changed_q, changed_v, _ = critic(other)
-        assert torch.equal(changed_v, v) == same_v and not torch.allclose(changed_q, q, atol=1e-4)
+        other["tokens"][0, place] += 1
+        changed_q, changed_v = critic(other)
+        assert torch.equal(changed_v[0, 1], v[0, 1]) == same_v
+        assert not torch.allclose(changed_q[0, 1], q[0, 1], atol=1e-4)
+        assert torch.equal(changed_q[0, 0], q[0, 0]), "earlier turns do not see it"
+        assert not torch.allclose(changed_v[0, 2], v[0, 2], atol=1e-4), "later ones do"
 
 
-def test_what_the_heads_read(buffer, critic):
-    """Q: the last token of the state and the mean over the answer's; V: the last token of a state."""
-    batch = buffer.draw(np.array([1, 4]), CPU)
-    q, v, next_v = critic(batch)
-    for i in range(2):
-        start, end, last = (int(batch[name][i]) for name in ("state_end", "answer_end", "lengths"))
-        hidden = critic.trunk(batch["tokens"][i : i + 1, :last], use_cache=False).last_hidden_state[0]
-        answer = sum(hidden[t] for t in range(start, end)) / (end - start)
-        for j in range(2):
-            expected = critic.q_heads[j](torch.cat([hidden[start - 1], answer])), critic.v_heads[j](
-                hidden[start - 1]), critic.v_heads[j](hidden[last - 1])
-            got = (q[i, j], v[i, j], next_v[i, j])
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+def test_the_state_after_a_cut_has_a_value(policy, rows, critic):
+    """The same tokens as the state of a turn that is played."""
+    _, v = critic(pad_rows(rows[1:2], Args(), CPU))
+    tokens = torch.tensor([rows[1]["tokens"]])
+    assert torch.allclose(v[0, 3, 0], critic.v_heads[0](critic.trunk(tokens).last_hidden_state[0, -1]), atol=1e-5)
 
 
-def test_what_follows_does_not_reach_q(buffer, critic):
-    batch = buffer.draw(np.array([4]), CPU)
-    other = batch | {"tokens": batch["tokens"].clone()}
-    other["tokens"][0, batch["answer_end"]] += 1
-    assert torch.equal(critic(other)[0], critic(batch)[0])
-    assert not torch.equal(critic(other)[2], critic(batch)[2])
-
-
-def test_the_value_of_what_follows_is_that_of_the_next_state(policy, buffer, critic):
-    _, v, next_v = turn_values(critic, buffer.draw(np.arange(6), CPU), Args())
-    for turn in (0, 2, 3):
-        assert torch.allclose(next_v[turn], v[turn + 1], atol=1e-5)
-    assert v.std(0).min() > 1e-3 and (v[:, 0] - v[:, 1]).abs().min() > 1e-4, "heads and states differ"
-
-
-def test_the_critic_does_not_see_padding_or_other_rows(buffer, critic):
-    whole = torch.stack(turn_values(critic, buffer.draw(np.arange(6), CPU), Args()))
-    for split in (Args(micro_batch_tokens=1), Args(micro_batch_tokens=40)):
-        assert torch.allclose(torch.stack(turn_values(critic, buffer.draw(np.arange(6), CPU), split)), whole, atol=1e-5)
-    alone = torch.cat([torch.stack(critic(buffer.draw(np.array([i]), CPU))) for i in range(6)], 1)
-    assert torch.allclose(alone, whole, atol=1e-5)
+def test_the_critic_does_not_see_padding_or_other_rows(rows, critic):
+    whole = turn_values(critic, pad_rows(rows, Args(), CPU), Args())
+    for split in (Args(micro_batch_tokens=1), Args(micro_batch_tokens=60)):
+        for a, b in zip(turn_values(critic, pad_rows(rows, Args(), CPU), split), whole, strict=True):
+            for i, row in enumerate(rows):
+                assert torch.allclose(a[i, : row["turns"]], b[i, : row["turns"]], atol=1e-5)
+    for i, row in enumerate(rows):
+        for a, b in zip(critic(pad_rows([row], Args(), CPU)), whole, strict=True):
+            assert torch.allclose(a[0, : row["turns"]], b[i, : row["turns"]], atol=1e-5)
 
 
 def test_the_critic_has_its_own_parameters(policy, critic):
     ours = {p.data_ptr() for p in critic.parameters()}
     assert not ours & {p.data_ptr() for p in policy.model.parameters()}
     assert len(critic.trunk.layers) == 2 and len(policy.model.model.layers) == 4
-    q, v, next_v = critic({"tokens": torch.tensor([[4, 5, 6]]), "turn_id": torch.tensor([[-1, 0, -1]]),
-                           "state_end": torch.tensor([1]), "lengths": torch.tensor([3])})
+    q, v = critic({"tokens": torch.tensor([[4, 5, 6]]), "turn_id": torch.tensor([[-1, 0, -1]]),
+                   "starts": torch.tensor([[1]])})
     (q.sum() + v.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in critic.named_parameters())
     assert all(p.grad is None for p in policy.model.parameters())
@@ -380,46 +380,76 @@ def test_the_critic_has_its_own_parameters(policy, critic):
 
 # --- fresh answers -------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [10**6, 30])
-def test_fresh_answers_are_those_of_a_rollout_from_the_same_state(policy, buffer, tokens):
+def test_fresh_answers_are_those_of_a_rollout_from_the_same_state(policy, rows, tokens):
     """The same uniform numbers give the same tokens, whatever the other rows are."""
-    turns = buffer.draw(np.array([4, 0, 3, 2, 4]), CPU)
+    turns = [(rows[1], 2), (rows[0], 0), (rows[1], 1), (rows[2], 0), (rows[1], 2)]
     uniforms = torch.tensor(np.random.default_rng(0).random((5, 9)))
     fresh = fresh_answers(policy, turns, uniforms, Args(max_turn_tokens=9, micro_batch_tokens=tokens))
-    for i in range(5):
-        end, length = int(turns["state_end"][i]), int(fresh["lengths"][i])
-        assert fresh["tokens"][i, :end].tolist() == turns["tokens"][i, :end].tolist()
-        row, answer = fresh["tokens"][i, :end].tolist(), []
+    ended = set()
+    for i, (row, k) in enumerate(turns):
+        state, answer = row["tokens"][: row["starts"][k]], []
         for u in uniforms[i]:
-            logits = policy.forward(torch.tensor([row + answer]), use_cache=False)[0, -1:]
+            logits = policy.forward(torch.tensor([state + answer]), use_cache=False)[0, -1:]
             answer.append(sample_tokens(logits, 1.0, u[None])[0].item())
             if answer[-1] == policy.end_id:
                 break
-        assert fresh["tokens"][i, end:length].tolist() == answer
-        assert (fresh["turn_id"][i] >= 0).nonzero()[:, 0].tolist() == list(range(end, length))
-        assert fresh["state_end"][i] == end
+        ended.add(answer[-1] == policy.end_id)
+        length = len(state + answer)
+        assert fresh["lengths"][i] == length and fresh["tokens"][i, :length].tolist() == state + answer
+        assert (fresh["turn_id"][i] >= 0).nonzero()[:, 0].tolist() == list(range(len(state), length))
+        assert fresh["starts"][i].tolist() == [len(state)]
+    assert rows[1]["tokens"] == rows_of(policy, played(policy), Args())[1]["tokens"], "the buffer is as it was"
 
 
-def test_an_answer_is_cut_by_the_cap(policy, buffer):
-    fresh = fresh_answers(policy, buffer.draw(np.arange(6), CPU), torch.full((6, 3), 0.5).double(),
-                          Args(max_turn_tokens=3))
-    assert ((fresh["turn_id"] >= 0).sum(1) <= 3).all()
+def test_an_answer_ends_with_its_end_token_or_at_the_cap(policy, rows, monkeypatch):
+    """Tokens given by hand: one answer of two tokens, one that is cut."""
+    script = iter([[7, 8], [policy.end_id, 9], [7, 9]])
+    monkeypatch.setattr(archer, "sample_tokens", lambda *args: (torch.tensor(next(script)), None))
+    fresh = fresh_answers(policy, [(rows[0], 0), (rows[0], 0)], torch.rand(2, 3), Args(max_turn_tokens=3))
+    assert [fresh["tokens"][i][fresh["turn_id"][i] == 0].tolist() for i in range(2)] == [
+        [7, policy.end_id], [8, 9, 9]]
 
 
 # --- updates -------------------------------------------------------------------------------------
-def test_the_critic_s_update_uses_the_fresh_answers_and_the_slow_copy(policy, buffer, critic, monkeypatch):
-    args, target = Args(critic_batch_turns=6, target_rate=0.1), TurnCritic(policy, 2, 2)
-    turns = buffer.draw(np.arange(6), CPU)
-    fresh = fresh_answers(policy, turns, torch.rand(6, 12).double(), args)
+def drawn(policy, rows, args):
+    """Three episodes drawn by one turn each, and fresh answers to those states."""
+    turns = [(rows[0], 1), (rows[1], 2), (rows[2], 0)]
+    batch = pad_rows([row for row, _ in turns], args, CPU) | {"chosen": torch.tensor([k for _, k in turns])}
+    uniforms = torch.tensor(np.random.default_rng(1).random((3, args.max_turn_tokens)))
+    return turns, batch, fresh_answers(policy, turns, uniforms, args)
+
+
+@pytest.mark.parametrize("tokens", [10**6, 60])
+@pytest.mark.parametrize("value_target", ["fresh", "monte_carlo", "expectile"])
+def test_the_critic_s_update(policy, rows, critic, value_target, tokens):
+    """Against loops over turns: targets of the slow copy, V at the drawn turn if its answer is fresh."""
+    args = Args(critic_batch_turns=3, target_rate=0.1, value_target=value_target, micro_batch_tokens=tokens)
+    target = TurnCritic(policy, 2, 2)
+    turns, batch, fresh = drawn(policy, rows, args)
     before, slow = copy.deepcopy(critic), copy.deepcopy(target)
-    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), turns, fresh, args)
-    q, v, _ = before(turns)
-    _, _, next_v = slow(turns)
-    fresh_q, _, _ = slow(fresh)
-    y = turns["reward"][:, None] + 0.95 * next_v * ~turns["done"][:, None]
-    loss = (((q - y) ** 2).sum(1) + ((v - fresh_q) ** 2).sum(1)).mean()
+    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), batch,
+                            fresh if value_target == "fresh" else None, args)
+    q, v = before(pad_rows(rows, args, CPU))
+    with torch.no_grad():
+        slow_q, slow_v = slow(pad_rows(rows, args, CPU))
+        fresh_q = slow(fresh)[0][:, 0]
+    loss = torch.zeros(())
+    for i, (row, chosen) in enumerate(turns):
+        for k in range(row["turns"]):
+            reward, share = row["rewards"][k], 1 / row["turns"] / 3
+            ends = i == 0 and k == 1  # the dog is found; the other two were cut and go on
+            y, u, weight = reward + (0 if ends else 0.95 * slow_v[i, k + 1]), slow_q[i, k], 1.0
+            if value_target == "monte_carlo":
+                y = u = sum(0.95**n * r for n, r in enumerate(row["rewards"][k : row["turns"]]))
+            if value_target == "expectile":
+                weight = torch.where(u > v[i, k], 0.9, 0.1)
+            loss = loss + share * ((q[i, k] - y) ** 2).sum()
+            if value_target != "fresh":
+                loss = loss + share * (weight * (v[i, k] - u) ** 2).sum()
+        if value_target == "fresh":
+            loss = loss + ((v[i, chosen] - fresh_q[i]) ** 2).sum() / 3
     assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    gradient = torch.autograd.grad(((q - y.detach()) ** 2 + (v - fresh_q.detach()) ** 2).sum() / 6,
-                                   list(before.parameters()))
+    gradient = torch.autograd.grad(loss, list(before.parameters()))
     norm = torch.stack([g.norm() for g in gradient]).norm()
     assert metrics["critic_grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     moves = zip(before.parameters(), critic.parameters(), gradient, strict=True)
@@ -428,31 +458,20 @@ def test_the_critic_s_update_uses_the_fresh_answers_and_the_slow_copy(policy, bu
     assert all(torch.allclose(now, 0.9 * old + 0.1 * new, atol=1e-6) for old, new, now in mixed)
 
 
-@pytest.mark.parametrize("value_target", ["monte_carlo", "expectile"])
-def test_the_other_targets_of_the_value(policy, buffer, critic, value_target):
-    args, turns = Args(critic_batch_turns=6, value_target=value_target), buffer.draw(np.arange(6), CPU)
-    target = TurnCritic(policy, 2, 2)
-    q, v, _ = turn_values(critic, turns, args)
-    own_q, _, next_v = turn_values(target, turns, args)
-    if value_target == "monte_carlo":
-        y, u, weight = turns["return"][:, None], turns["return"][:, None], 1.0
-    else:
-        y, u = turns["reward"][:, None] + 0.95 * next_v * ~turns["done"][:, None], own_q
-        weight = torch.where(u > v, 0.9, 0.1)
-    loss = (((q - y) ** 2).sum(1) + (weight * (v - u) ** 2).sum(1)).mean()
-    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), turns, None, args)
-    assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)
+def single(rows) -> dict[str, torch.Tensor]:
+    """The six turns of the games as a row each."""
+    return pad_rows([one_turn(row, k) for row in rows for k in range(row["turns"])], Args(), CPU)
 
 
 @pytest.mark.parametrize("tokens", [10**6, 40])
 @pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("actor_loss", ["policy_gradient", "advantage_weighted", "filtered_clone"])
-def test_the_policy_s_gradient(policy, buffer, actor_loss, centre, tokens):
+def test_the_policy_s_gradient(policy, rows, actor_loss, centre, tokens):
     """Against one forward pass per turn: mean over turns of credit times the sum of its tokens. Only the
     policy gradient is centred: weights exp(beta A) are positive, and cloning has none."""
     args = Args(actor_batch_turns=6, actor_loss=actor_loss, micro_batch_tokens=tokens, inverse_temperature=2.0,
                 max_grad_norm=1e9, centre_advantages=centre)
-    batch = buffer.draw(np.arange(6), CPU) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
+    batch = single(rows) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
     keep = KeepGradient(policy)
     metrics = update(policy, None, keep, None, dict(batch), args)
     offset = batch["advantages"].mean() if centre else 0.0
@@ -460,7 +479,7 @@ def test_the_policy_s_gradient(policy, buffer, actor_loss, centre, tokens):
               "advantage_weighted": (2 * batch["advantages"]).exp()}[actor_loss]
     total = torch.zeros(())
     for i in range(6):
-        end, last = int(batch["state_end"][i]), int(batch["answer_end"][i])
+        end, last = int(batch["starts"][i, 0]), int(batch["lengths"][i])
         row = batch["tokens"][i, :last]
         logprobs = policy.forward(row[None], use_cache=False)[0].log_softmax(1)
         total = total - credit[i] / 6 * sum(logprobs[t - 1, row[t]] for t in range(end, last))
@@ -471,10 +490,10 @@ def test_the_policy_s_gradient(policy, buffer, actor_loss, centre, tokens):
     policy.model.zero_grad()
 
 
-def test_the_token_baseline_is_taken_off_and_learns_apart(policy, buffer):
+def test_the_token_baseline_is_taken_off_and_learns_apart(policy, rows):
     """It sees the tokens before its own; the policy's loss does not reach it."""
     args = Args(actor_batch_turns=6, token_baseline=True, centre_advantages=False, max_grad_norm=1e9)
-    batch = buffer.draw(np.arange(6), CPU) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
+    batch = single(rows) | {"advantages": torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])}
     torch.manual_seed(0)
     baseline = TurnCritic(policy, 1, 2)
     torch.nn.init.normal_(baseline.v_heads[0][4].weight)
@@ -491,11 +510,11 @@ def test_the_token_baseline_is_taken_off_and_learns_apart(policy, buffer):
     total = -((batch["advantages"][:, None] - values.detach()) * logprobs * mask).sum() / 6
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.model.parameters()))])
     assert torch.allclose(keep.gradient, expected, atol=1e-4 * expected.abs().max())
-    t = int(batch["state_end"][4]) + 1
+    t = int(batch["starts"][4, 0]) + 1
     other = batch | {"tokens": batch["tokens"].clone()}
     other["tokens"][4, t] += 1
     changed = (baseline.token_values(other) - values)[4].abs() > 1e-6
-    assert not changed[: t + 1].any() and changed[t + 1 : int(batch["answer_end"][4])].any()
+    assert not changed[: t + 1].any() and changed[t + 1 : int(batch["lengths"][4])].any()
     policy.model.zero_grad()
 
 
@@ -535,19 +554,19 @@ def test_the_default_warm_up_is_long_enough_for_the_start_to_be_known(tmp_path):
     assert [row["optimizer_steps"] for row in rows[1:]] == ["0", "0", "2"]
 
 
-def test_fresh_answers_are_made_again_after_every_step_of_the_policy(tmp_path, monkeypatch):
-    seen, drawn = [], []
+def test_fresh_answers_are_made_again_for_every_step(tmp_path, monkeypatch):
+    """By the policy as it is then, to other states and with other numbers."""
+    seen, numbers, states = [], [], []
 
-    def watched(policy, *args):
-        drawn.append(args[1].flatten()[: 8 * 4])  # of as many answers as a policy step has
+    def watched(policy, turns, uniforms, args):
         seen.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]).sum().item())
-        return fresh_answers(policy, *args)
+        numbers.append(uniforms[0].sum().item()), states.append([row["tokens"][: row["starts"][k]] for row, k in turns])
+        return fresh_answers(policy, turns, uniforms, args)
 
     monkeypatch.setattr(archer, "fresh_answers", watched)
     finished(short(tmp_path, actor_steps=3, num_iterations=1, learning_rate=1e-2))
-    assert len(seen) == 4, "once for all critic steps, and once for each step of the policy"
-    assert len({x.sum().item() for x in drawn}) == 4, "other states and numbers every time"
-    assert seen[0] == seen[1] and len(set(seen[1:])) == 3
+    assert len(seen) == 3 + 3 and len(set(seen[:4])) == 1 and len(set(seen[3:])) == 3
+    assert len(set(numbers)) == 6 and all(a != b for a, b in itertools.combinations(states, 2))
 
 
 def test_a_saved_buffer_is_trained_on_without_playing(tmp_path, capsys):
