@@ -236,7 +236,7 @@ def rows_of(policy: Policy, episodes: list[Episode], args: Args) -> list[dict]:
     """Every episode as a row of tokens, with where its answers start and end. One that a time limit
     cut has another state at its end, and an empty answer."""
     rows = []
-    for e in episodes:
+    for e in [e for e in episodes if e.turns]:
         turns = [(turn.prompt_ids, turn.token_ids, float(turn.reward)) for turn in e.turns]
         if args.bootstrap_truncated and not (e.terminated or e.overflowed):
             turns.append((policy.prompt(e, None)[0], [], 0.0))
@@ -264,11 +264,10 @@ def pad_rows(rows: list[dict], args: Args, device: torch.device) -> dict[str, Te
     turn, at = torch.arange(starts.shape[1]), torch.arange(tokens.shape[1])
     inside = (at >= starts[:, :, None]) & (at < ends[:, :, None])  # (B, K, T)
     played = ends > starts
-    done = turn == torch.tensor([row["turns"] - 1 if len(row["ends"]) == row["turns"] else -1
-                                 for row in rows])[:, None]
+    last = [row["turns"] - 1 if len(row["ends"]) == row["turns"] else -1 for row in rows]
     batch = {"tokens": tokens, "turn_id": (inside * (turn + 1)[:, None]).sum(1) - 1,
              "lengths": torch.tensor([len(row["tokens"]) for row in rows]), "starts": starts,
-             "played": played, "rewards": rewards, "done": done,
+             "played": played, "rewards": rewards, "done": turn == torch.tensor(last)[:, None],
              "returns": turn_returns(rewards, played, args.discount)}
     return {name: x.to(device) for name, x in batch.items()}
 
@@ -294,8 +293,7 @@ def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tenso
                   args: Args) -> dict[str, Tensor]:
     """Answers of the policy as it is now to the states of turns; uniforms (N, max_turn_tokens)."""
     policy.model.eval()
-    rows = [{"tokens": row["tokens"][: row["starts"][k]], "starts": [row["starts"][k]],
-             "rewards": [0.0], "turns": 1} for row, k in turns]
+    rows = [one_turn(row, k) | {"tokens": row["tokens"][: row["starts"][k]]} for row, k in turns]
     lengths = torch.tensor([len(row["tokens"]) for row in rows])
     for part in micro_batches({"lengths": lengths, "row": torch.arange(len(rows))},
                               args.micro_batch_tokens):
@@ -310,8 +308,7 @@ def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tenso
                 unfed.append([] if ended or token == policy.end_id else [token])
             if not any(unfed):
                 break
-    rows = [row | {"ends": [len(row["tokens"])]} for row in rows]
-    return pad_rows(rows, args, policy.device)
+    return pad_rows([row | {"ends": [len(row["tokens"])]} for row in rows], args, policy.device)
 
 
 # === 6. Update ===================================================================================

@@ -302,6 +302,10 @@ def test_one_turn_is_its_state_and_its_answer(policy, rows):
     assert policy.tokenizer.decode(batch["tokens"][0][batch["turn_id"][0] == 0]) == f"Is the object a dog?{E}"
 
 
+def test_an_episode_without_a_turn_is_left_out(policy):
+    assert rows_of(policy, [Episode(0, "too long", overflowed=True)], Args()) == []
+
+
 def test_the_oldest_episodes_make_room(rows):
     buffer = ReplayBuffer()
     for _ in range(3):
