@@ -134,13 +134,13 @@ run seeupo desk_group_std --advantage-scale group_std
 often=(--eval-every 2)
 guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150
        --warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
-ppo=("${guess[@]}" --variant ppo --num-prompts 32)
+ppo=("${guess[@]}" --variant ppo --num-prompts 64)
 run archer guess_archer "${often[@]}"
-ALGO=st_ppo run archer guess_ppo "${ppo[@]}" "${often[@]}" --num-iterations 24 --learning-rate 3e-4
-ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iterations 24 --history-turns None \
-    --num-prompts 8 --group-size 4 --learning-rate 1e-4
+ALGO=st_ppo run archer guess_ppo "${ppo[@]}" "${often[@]}" --num-iterations 20 --learning-rate 3e-4
+ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iterations 20 --history-turns None \
+    --num-prompts 16 --group-size 4 --learning-rate 1e-4
 run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4
-ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 8 --num-iterations 80 --learning-rate 1e-4
+ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 5 --num-iterations 50 --learning-rate 1e-4
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done  # the buffers of guess_archer are there
 all=$seeds
 for seeds in $all; do

@@ -72,16 +72,16 @@ ActorLoss = Literal["policy_gradient", "advantage_weighted", "filtered_clone"]
 @dataclasses.dataclass
 class Args(RunArgs):
     env_id: str = "turnrl/TwentyQuestions-v0"  # gymnasium id; module:Id-v0 imports the module first
-    num_prompts: int = 32  # environment seeds per iteration
+    num_prompts: int = 64  # environment seeds per iteration
     group_size: int = 1  # episodes that start from the same seed (none are compared here)
     max_turns: int = 20  # turns after which an episode is truncated, K
     max_turn_tokens: int = 12  # tokens the policy may sample in one turn
     learning_rate: float = 5e-5  # of AdamW, constant
-    num_iterations: int = 24  # iterations of: collect episodes, update
+    num_iterations: int = 20  # iterations of: collect episodes, update
     warm_start_steps: int = 150  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
-    eval_every: int = 6  # iterations between evaluations on held-out seeds
+    eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
     actor_loss: ActorLoss = "policy_gradient"  # Eq. 6, 9 or 10; the last one needs no critic

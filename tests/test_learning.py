@@ -9,7 +9,8 @@ from conftest import ROOT
 SHORT = {"tiny_init_std": 0.1, "warm_start_learning_rate": 2e-3, "warm_start_steps": 150}
 EXPECTED = {  # script: (flags, least rise of success: about a third of what was seen)
     "ms_grpo": (SHORT, 0.06), "ufo": (SHORT, 0.04), "turn_budget": (SHORT | {"cap": "none"}, 0.05),
-    "igpo": (SHORT, 0.04), "tree_grpo": (SHORT, 0.05), "st_ppo": ({}, 0.08), "seeupo": ({}, 0.1)}
+    "igpo": (SHORT, 0.04), "tree_grpo": (SHORT, 0.05), "st_ppo": ({}, 0.08), "seeupo": ({}, 0.1),
+    "archer": ({"max_turns": 3, "learning_rate": 1e-4}, 0.03)}
 
 
 @pytest.mark.slow
