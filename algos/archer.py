@@ -288,6 +288,29 @@ class ReplayBuffer(list):
         self[:] = state["rows"]
 
 
+def critic_quality(critic: TurnCritic, rows: list[dict], args: Args) -> dict[str, float]:
+    """How V compares with the returns of episodes: its bias, and what it explains of them."""
+    batch = pad_rows(rows, args, critic.device)
+    values = turn_values(critic, batch, args)[1].mean(2)[batch["played"]]
+    returns = batch["returns"][batch["played"]]
+    unexplained = (returns - values).var() / returns.var().clamp(min=1e-8)
+    return {"value_gap": (values - returns).mean().item(),
+            "explained_variance": 1 - unexplained.item()}
+
+
+def saved_buffer(run_folder: str, policy: Policy) -> dict:
+    """The state of the buffer that a run left, if its tokens are those of this policy."""
+    try:
+        folder = Path(run_folder) / "checkpoint"
+        saved = torch.load(folder / "trainer_state.pt", weights_only=True)["buffer"]
+        words = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # torch and pickle each have their own
+        stop(f"--offline {run_folder}: no checkpoint of this script ({reason(error)})")
+    if words != policy.tokenizer.get_vocab():
+        stop(f"--offline {run_folder} has other tokens: other --model, --env-id, --seed?")
+    return saved
+
+
 @torch.no_grad()
 def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tensor,
                   args: Args) -> dict[str, Tensor]:
@@ -409,15 +432,7 @@ def main(args: Args) -> dict[str, float]:
             baseline_optimizer = adam(baseline, args.critic_learning_rate)
             state |= {"baseline": baseline, "baseline_optimizer": baseline_optimizer}
         if args.offline:
-            try:
-                folder = Path(args.offline) / "checkpoint"
-                saved = torch.load(folder / "trainer_state.pt", weights_only=True)["buffer"]
-                words = AutoTokenizer.from_pretrained(folder).get_vocab()
-            except Exception as error:  # torch and pickle each have their own
-                stop(f"--offline {args.offline}: no checkpoint of this script ({reason(error)})")
-            if words != policy.tokenizer.get_vocab():
-                stop(f"--offline {args.offline} has other tokens: other --model, --env-id, --seed?")
-            buffer.load_state_dict(saved)
+            buffer.load_state_dict(saved_buffer(args.offline, policy))
         run.restore(policy, **state)
         warm_up = args.actor_warm_up
         if warm_up is None:  # what the critic needs to know the start of an episode
@@ -441,8 +456,8 @@ def main(args: Args) -> dict[str, float]:
             updates, actor_updates, fresh_tokens = [], [], 0
 
             # 2. critic
-            newest = pad_rows(buffer[-args.num_prompts:], args, policy.device)
-            values = turn_values(critic, newest, args)[1].mean(2)[newest["played"]]
+            metrics = {} if cloning else critic_quality(
+                critic, buffer[-args.num_prompts * args.group_size:], args)
             for step in range(0 if cloning else args.critic_steps):
                 drawn, uniforms = draw(turns, args.critic_batch_turns, iteration, 1 + step)
                 batch, fresh = pad_rows([row for row, _ in drawn], args, policy.device), None
@@ -475,14 +490,10 @@ def main(args: Args) -> dict[str, float]:
             # 5. log (evaluation and checkpoints: run.iterations)
             fresh_tokens = all_reduce_sum(torch.tensor(fresh_tokens)).item()
             run.totals["generated_tokens"] += fresh_tokens  # they cost what those of episodes do
-            returns = newest["returns"][newest["played"]]
-            unexplained = (returns - values).var() / returns.var().clamp(min=1e-8)
             buffer_turns = sum(row["turns"] for row in buffer)
-            metrics = {"buffer_turns": buffer_turns, "trained_share": len(turns) / buffer_turns,
-                       "fresh_tokens": fresh_tokens, "critic_steps": len(updates),
-                       "optimizer_steps": len(actor_updates),
-                       "value_gap": (values - returns).mean().item(),
-                       "explained_variance": 1 - unexplained.item()}
+            metrics |= {"buffer_turns": buffer_turns, "trained_share": len(turns) / buffer_turns,
+                        "fresh_tokens": fresh_tokens, "critic_steps": len(updates),
+                        "optimizer_steps": len(actor_updates)}
             for steps in (updates, actor_updates):
                 for name in steps[0] if steps else ():
                     metrics[name] = np.mean([u[name] for u in steps])

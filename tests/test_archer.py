@@ -371,6 +371,28 @@ def test_the_critic_does_not_see_padding_or_other_rows(rows, critic):
             assert torch.allclose(a[0, : row["turns"]], b[i, : row["turns"]], atol=1e-5)
 
 
+def test_a_short_row_beside_many_turns_is_valued_alike(critic):
+    """A part of short rows has fewer token columns than the batch has turns."""
+    short = {"tokens": [9, 8], "starts": [1], "ends": [2], "rewards": [-1.0], "turns": 1}
+    long = {"tokens": [*range(5, 25)], "starts": [*range(1, 20, 2)], "ends": [*range(2, 21, 2)], "rewards": [-1.0] * 10,
+            "turns": 10}
+    together, apart = (turn_values(critic, pad_rows([long, short], Args(), CPU), Args(micro_batch_tokens=n))
+                       for n in (10**6, 1))
+    for a, b in zip(together, apart, strict=True):
+        assert torch.allclose(a[0], b[0], atol=1e-5) and torch.allclose(a[1, 0], b[1, 0], atol=1e-5)
+
+
+def test_how_good_the_critic_is(policy, rows, critic):
+    """V minus the return of the six turns, and one minus the ratio of the variances."""
+    v = critic(pad_rows(rows, Args(), CPU))[1].mean(2)
+    values = torch.stack([v[i, k] for i, row in enumerate(rows) for k in range(row["turns"])])
+    returns = torch.tensor([-1, 0, -2.8525, -1.95, -1, -1])
+    quality = archer.critic_quality(critic, rows, Args())
+    assert quality["value_gap"] == pytest.approx((values - returns).mean().item(), abs=1e-5)
+    expected = 1 - (returns - values).var() / returns.var()
+    assert quality["explained_variance"] == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_the_critic_has_its_own_parameters(policy, critic):
     ours = {p.data_ptr() for p in critic.parameters()}
     assert not ours & {p.data_ptr() for p in policy.model.parameters()}
