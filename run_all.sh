@@ -130,7 +130,9 @@ run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-
 run seeupo desk_no_scale --advantage-scale none
 run seeupo desk_group_std --advantage-scale group_std
 # ArCHer: other scripts on the same game for as many episodes (A; guess_archer is the default run, evaluated
-# more often), what its critic is made of (B), training on the buffer of guess_archer only (C).
+# more often), what its critic is made of (B), training on the buffer of guess_archer only (C). Other seeds:
+# 1 and 2 were looked at while the critic was designed.
+if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-6 7 8 9 10}; fi
 often=(--eval-every 2)
 guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150
        --warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
