@@ -27,7 +27,8 @@ import torch.distributed as dist
 import tqdm
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from envs import known_ids, make_env
 from envs.episodes import Episode, Turn, demonstrations, start_episodes
@@ -66,7 +67,8 @@ class RunArgs:
     run_dir: str = "runs"  # parent of the run folder <env>__<algo>__<seed>__<time>
     resume: str | None = None  # run folder to continue, with the flags it was made with
     track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.csv
-    compile: bool = False  # torch.compile the forward pass of the update
+    compile: bool = False  # torch.compile the update and, as CUDA graphs, the decoding
+    gradient_checkpointing: bool = False  # less memory in an update, about a third more time
     print_samples: int = 1  # transcripts printed before and after training
 
 
@@ -137,7 +139,9 @@ class Policy:
 
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False):
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
-        self.bf16, self.compiled = bf16, None  # bf16: autocast; the weights stay fp32
+        self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
+        self.compiled = self.decode = None  # with --compile: the forward of updates, of one token
+        self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
         self.context_length = model.config.max_position_embeddings
 
         def render(*messages: tuple[str, str]) -> str:
@@ -189,10 +193,26 @@ class Policy:
         return [self.end_id] * (turn.token_ids[-1] != self.end_id) + self.between
 
     def forward(self, tokens: Tensor, **kwargs) -> Tensor:
-        """The logits (B, T or fewer, V), in fp32; decoding (with a cache) is not compiled."""
-        compiled = self.compiled is not None and not kwargs["use_cache"]
+        """The logits (B, T or fewer, V), in fp32."""
+        decoding, model = kwargs["use_cache"], self.model
+        for layer in self.checkpointed:  # what is recomputed cannot fill a cache
+            layer.training = not decoding
+        if self.compiled is not None and (not decoding or tokens.shape[1] == 1):
+            model = self.decode if decoding else self.compiled
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return (self.compiled if compiled else self.model)(tokens, **kwargs).logits.float()
+            return model(tokens, **kwargs).logits.float()
+
+    def static_cache(self, rows: int, length: int) -> transformers.StaticCache:
+        """An empty cache, always the same one for a size: a CUDA graph knows its address."""
+        if (rows, length) not in self.static_caches:
+            cache = transformers.StaticCache(config=self.model.config, max_cache_len=length)
+            cache.layers = [OneTypeLayer(length) for _ in cache.layers]
+            self.static_caches[rows, length] = cache
+        self.static_caches[rows, length].reset()
+        return self.static_caches[rows, length]
+
+    def decoder(self, rows: int) -> "Decoder | StaticDecoder":
+        return (Decoder if self.decode is None else StaticDecoder)(self, rows)
 
     def save(self, folder: Path):
         self.model.save_pretrained(folder)
@@ -218,7 +238,18 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
                         bf16=args.device.startswith("cuda") and not tiny)
     except Exception as error:  # transformers, safetensors and jinja each have their own
         stop(f"--model {args.model} cannot be loaded: {reason(error)}")
-    policy.compiled = torch.compile(model, dynamic=True) if args.compile else None
+    if args.gradient_checkpointing:
+        checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
+                             model.gradient_checkpointing_enable)
+        checkpoint({"use_reentrant": False})
+        policy.checkpointed = [m for m in model.modules()
+                               if isinstance(m, GradientCheckpointingLayer)]
+        for layer in policy.checkpointed:  # this flag alone, so that no dropout wakes up
+            layer.training = True
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # sizes of rollouts; the default is 8
+        policy.compiled = torch.compile(model, dynamic=True)
+        policy.decode = torch.compile(model, dynamic=False, mode="reduce-overhead")
     return policy
 
 
@@ -326,7 +357,7 @@ class GrowingLayer(DynamicLayer):
         at_home = old > 0 and self.keys.data_ptr() == self.room.data_ptr()  # not after a selection
         if not at_home or self.room.shape[-2] < new:
             batch, heads, _, width = key_states.shape
-            room = key_states.new_empty(2, batch, heads, 2 * new, width)
+            room = value_states.new_empty(2, batch, heads, 2 * new, width)  # keys may be wider
             if old > 0:
                 room[0, :, :, :old], room[1, :, :, :old] = self.keys, self.values
             self.room = room
@@ -364,6 +395,56 @@ class Decoder:
         index = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
+
+
+MIN_STATIC_CACHE = 256  # columns
+
+
+class OneTypeLayer(StaticLayer):
+    """A cache layer of fixed size; under autocast keys come in fp32 and values in bf16."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+class StaticDecoder:
+    """A Decoder for --compile: everything keeps its shape, so that one token is one CUDA graph.
+
+    The number of rows is a power of 2. Dropped rows stay behind and get holes. When the cache is
+    full (of holes, mostly), all tokens are fed once more, into one with room for as many again.
+    """
+
+    def __init__(self, policy: Policy, rows: int):
+        self.policy, self.rows = policy, list(range(rows))
+        self.history: list[list[int]] = [[] for _ in range(2 ** (rows - 1).bit_length())]
+        self.mask, self.width = torch.zeros(len(self.history), 0, dtype=torch.long), 0
+
+    def feed(self, pending: list[list[int]]) -> Tensor:
+        """Append tokens to every row; the logits (B, V) of the token that follows."""
+        new: list[list[int]] = [[] for _ in self.history]
+        for row, ids in zip(self.rows, pending, strict=True):
+            new[row] = ids
+            self.history[row] = self.history[row] + ids
+        if self.width + max(map(len, new)) > self.mask.shape[1]:
+            new, self.width = [ids or [0] for ids in self.history], 0  # no row without a token
+            length = max(MIN_STATIC_CACHE, 2 ** (2 * max(map(len, new)) - 1).bit_length())
+            self.cache = self.policy.static_cache(len(new), length)
+            self.mask = torch.zeros(len(new), length, dtype=torch.long, device=self.policy.device)
+        width = max(map(len, new))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in new])
+        chunk = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
+        self.mask[:, self.width : self.width + width] = chunk.to(self.mask.device)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, self.width : self.width + width]
+        self.width += width
+        logits = self.policy.forward(ids.to(self.mask.device), attention_mask=self.mask,
+                                     position_ids=positions, past_key_values=self.cache,
+                                     use_cache=True, logits_to_keep=1)
+        return logits[self.rows, -1]
+
+    def keep(self, rows: list[int]):
+        """Drop all other rows, in place."""
+        self.rows = [self.rows[row] for row in rows]
+        self.history = [ids if row in self.rows else [] for row, ids in enumerate(self.history)]
 
 
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -421,7 +502,7 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
         dropped, live = len(live) - len(rows), [live[row] for row in rows]
         # 2. feed them: to the cache that holds the history, or to a new one
         if decoder is None or history_turns is not None:
-            decoder = Decoder(policy, len(live))
+            decoder = policy.decoder(len(live))
             pending = [prompts[i][0] if prompts[i][1] else episodes[i].row() + prompts[i][0]
                        for i in live]
         else:

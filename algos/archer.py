@@ -60,7 +60,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py a
 from envs.episodes import Episode
 from run_folder import Run
 from utils import (
-    DRAW, Decoder, Policy, RunArgs, all_reduce_sum, collect_groups, evaluate,
+    DRAW, Policy, RunArgs, all_reduce_sum, collect_groups, evaluate,
     gather_list, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, reason,
     sample_tokens, stop, token_logprobs, world_size,
 )
@@ -321,7 +321,7 @@ def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tenso
     for part in micro_batches({"lengths": lengths, "row": torch.arange(len(rows))},
                               args.micro_batch_tokens):
         here, number = [rows[i] for i in part["row"].tolist()], uniforms[part["row"]]
-        decoder, unfed = Decoder(policy, len(here)), [row["tokens"] for row in here]
+        decoder, unfed = policy.decoder(len(here)), [row["tokens"] for row in here]
         for step in range(args.max_turn_tokens):
             tokens, _ = sample_tokens(decoder.feed(unfed), args.temperature, number[:, step])
             unfed = []

@@ -8,13 +8,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from envs.episodes import start_episodes
-from utils import Policy, RunArgs, make_tiny
+from utils import Policy, RunArgs, make_tiny, random_stream
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
@@ -52,6 +53,24 @@ class KeepGradient:
 
     def zero_grad(self):
         self.policy.model.zero_grad()
+
+
+def streams(count: int, first: int = 0) -> list[np.random.Generator]:
+    return [random_stream(99, first + i) for i in range(count)]
+
+
+class Script:
+    """Stands in for the model: row r's n-th sampled token is script[r][n], never anything else."""
+
+    def __init__(self, policy, script):
+        self.policy, self.script, self.sampled = policy, script, [0] * len(script)
+
+    def __call__(self, logits, temperature, uniforms):
+        self.calls = getattr(self, "calls", 0)
+        tokens = torch.tensor([line[min(n, len(line) - 1)]
+                               for line, n in zip(self.script, self.sampled, strict=True)])
+        self.sampled = [n + 1 for n in self.sampled]
+        return tokens, torch.full((len(tokens),), -0.5)
 
 
 @pytest.fixture(params=["llama", "qwen3"])

@@ -434,6 +434,23 @@ def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):
 # --- several processes ---------------------------------------------------------------------------
 
 
+def torchrun(script, **flags):
+    """The finished process of a script on two processes, one thread each."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         *command(script=script, **flags)[1:]], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path):
+    run = torchrun("ms_grpo", **QUICK | {"env_id": "words:tests/FailsOnOneRank-v0", "env_kwargs": "{}",
+                                         "run_dir": tmp_path / "runs"})
+    assert run.returncode != 0 and "error: environment FailsOnOneRank, seed" in run.stderr
+    assert "out of apples" in run.stderr and not (only_run(tmp_path) / "summary.json").exists()
+    [line] = open(only_run(tmp_path) / "samples.jsonl")
+    assert json.loads(line)["iteration"] == "fault"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_give_the_parameters_of_one(tmp_path, script):
     """Same episodes, same draws, same steps; sums of floats in another order: 1e-5."""
@@ -448,10 +465,7 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, script):
     torch.set_num_threads(1)
     module.main(module.Args(**flags, run_dir=str(tmp_path / "one/runs")))
     torch.set_num_threads(threads)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *command(script=script, **flags, run_dir=tmp_path / "two/runs")[1:]], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
+    run = torchrun(script, **flags, run_dir=tmp_path / "two/runs")
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("success") == 5, "one process speaks: 4 evaluations and a summary"
     one, two = only_run(tmp_path / "one"), only_run(tmp_path / "two")

@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import byte_tokenizer, random_model
+from conftest import Script, byte_tokenizer, random_model, streams
 from envs.episodes import Episode, Turn, start_episodes
 from utils import (
-    Policy, RunArgs, batch_logprobs, collate, collect_groups, evaluate, expand_to_tokens, make_envs, masked_mean,
+    Decoder, Policy, RunArgs, batch_logprobs, collate, collect_groups, evaluate, expand_to_tokens, make_envs, masked_mean,
     micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
     token_logprobs, turn_table,
 )
 
 LAKE = "turnrl/FrozenLake-v0"
-
-
-def streams(count: int, first: int = 0) -> list[np.random.Generator]:
-    return [random_stream(99, first + i) for i in range(count)]
 
 
 def play(policy, started, env_id=LAKE, seeds=(1, 1, 2, 3, 4), history_turns=None, **options):
@@ -28,20 +24,6 @@ def play(policy, started, env_id=LAKE, seeds=(1, 1, 2, 3, 4), history_turns=None
     envs, episodes = started(env_id, list(seeds))
     rngs = streams(len(envs))
     return rollout(policy, envs, episodes, rngs, history_turns=history_turns, **options)
-
-
-class Script:
-    """Stands in for the model: row r's n-th sampled token is script[r][n], never anything else."""
-
-    def __init__(self, policy, script):
-        self.policy, self.script, self.sampled = policy, script, [0] * len(script)
-
-    def __call__(self, logits, temperature, uniforms):
-        self.calls = getattr(self, "calls", 0)
-        tokens = torch.tensor([line[min(n, len(line) - 1)]
-                               for line, n in zip(self.script, self.sampled, strict=True)])
-        self.sampled = [n + 1 for n in self.sampled]
-        return tokens, torch.full((len(tokens),), -0.5)
 
 
 # --- exact log-probs -----------------------------------------------------------------------------
@@ -125,6 +107,48 @@ def test_sampling_never_takes_a_token_of_probability_zero():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, -1)
     tokens, _ = sample_tokens(logits, 1.0, torch.tensor([0.0, 0.49, 0.51, 1 - 2**-53], dtype=torch.double))
     assert tokens.tolist() == [3, 3, 1, 1]
+
+
+# --- decoding with --compile ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16,tolerance", [(False, 1e-4), (True, 0.15)])
+def test_the_static_cache_gives_the_logits_of_the_growing_one(chat_policy, monkeypatch, bf16, tolerance):
+    """30 ragged feeds of up to 5 tokens, dropped rows, a cache of 8 columns that has to be made anew."""
+    monkeypatch.setattr("utils.MIN_STATIC_CACHE", 8)
+    chat_policy.bf16, made, original = bf16, [], Policy.static_cache
+    monkeypatch.setattr(Policy, "static_cache", lambda *size: made.append(size[1:]) or original(*size))
+    growing, rng, rows = Decoder(chat_policy, 5), np.random.default_rng(0), 5
+    chat_policy.decode = chat_policy.model
+    static = chat_policy.decoder(5)
+    with torch.no_grad():
+        for step in range(30):
+            if step in (7, 19):
+                kept = [row for row in range(rows) if row != 1]
+                growing.keep(kept), static.keep(kept)
+                rows -= 1
+            counts = rng.integers(step == 0, 6 if step % 3 == 0 else 2, size=rows)
+            counts[rng.integers(rows)] += 1
+            pending = [rng.integers(200, size=n).tolist() for n in counts]
+            one, two = growing.feed(pending), static.feed(pending)
+            fed = torch.tensor(counts) > 0  # what a row without a new token says is not looked at
+            assert (one - two)[fed].abs().max() < tolerance and one.shape == two.shape
+    assert len(made) > 3 and made[0] == (8, 16) and {size[0] for size in made} == {8}
+
+
+@pytest.mark.parametrize("history_turns", [None, 0])
+def test_a_compiled_rollout_is_the_same_rollout(chat_policy, started, history_turns):
+    """With the model in place of its compiled decode step."""
+    plain = play(chat_policy, started, seeds=range(6), history_turns=history_turns)
+    calls = []
+    chat_policy.decode = lambda tokens, **options: calls.append(tokens.shape) or chat_policy.model(tokens, **options)
+    chat_policy.compiled = chat_policy.model
+    again = play(chat_policy, started, seeds=range(6), history_turns=history_turns)
+    for one, two in zip(plain, again, strict=True):
+        assert [t.token_ids for t in one.turns] == [t.token_ids for t in two.turns]
+        assert all(np.allclose(a.logprobs, b.logprobs, atol=1e-4) for a, b in zip(one.turns, two.turns, strict=True))
+    rows = {8} if history_turns is None else {8, 4, 2, 1}
+    assert calls and {shape[0] for shape in calls} <= rows and {shape[1] for shape in calls} == {1}
 
 
 # --- which tokens are trained --------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """A game in which any text is an action: an untrained policy plays long, different episodes."""
 
+import os
+
 import gymnasium as gym
 
 from envs.text_env import TextEnv
@@ -33,4 +35,21 @@ class Words(TextEnv):
         return "left"
 
 
+class FailsOnOneRank(Words):
+    """Another one that goes wrong on the second process, and there only when a policy plays."""
+
+    demonstrated = False
+
+    def demonstrate(self, rng):
+        self.demonstrated = True
+        return "left"
+
+    def step(self, action):
+        if os.environ.get("RANK") == "1" and not self.demonstrated:
+            raise RuntimeError("out of apples")
+        self.demonstrated = False
+        return super().step(action)
+
+
 gym.register("tests/Words-v0", entry_point=Words)
+gym.register("tests/FailsOnOneRank-v0", entry_point=FailsOnOneRank)

@@ -1,0 +1,203 @@
+"""Pretrained chat models: four chat formats, each in a locally saved random model with a byte-level tokenizer.
+
+The templates are written here in the manner of the model families; none is a copy.
+"""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+
+from conftest import CHATML, ROOT, Script, byte_tokenizer, random_model, streams
+from envs.episodes import Turn
+from utils import Policy, RunArgs, collate, load_policy, rollout, token_logprobs
+
+LAKE = "turnrl/FrozenLake-v0"
+
+
+@dataclasses.dataclass
+class Format:
+    template: str
+    specials: list[str]
+    end: str  # ends an answer
+    after: str  # then, before the text of the next message
+    tail: str  # between a message and the answer
+    system: bool = True  # has a role for it
+    padding: str | None = None  # None: the end
+
+
+FORMATS = {
+    "chatml": Format(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "\n<|im_start|>user\n",
+                     "<|im_end|>\n<|im_start|>assistant\n"),
+    "llama3": Format(
+        "{{ '<|begin|>' }}{% for m in messages %}"
+        "{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}",
+        ["<|begin|>", "<|head|>", "<|/head|>", "<|eot|>", "<|end_of_text|>"], "<|eot|>",
+        "<|head|>user<|/head|>\n\n", "<|eot|><|head|>assistant<|/head|>\n\n", padding="<|end_of_text|>"),
+    "mistral": Format(  # answers begin with a space; the rules stand in the first message
+        "{{ '<s>' }}{% if messages[0].role == 'system' %}{% set rules = messages[0].content + '\n\n' %}"
+        "{% set rest = messages[1:] %}{% else %}{% set rules = '' %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + (rules if loop.first else '') + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content | trim + '</s>' }}{% endif %}{% endfor %}",
+        ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "[INST] ", " [/INST]"),
+    "gemma": Format(  # no system role, and the model is called so
+        "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+        "{% endif %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n'"
+        " + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        ["<bos>", "<start_of_turn>", "<end_of_turn>", "<pad>", "<eos>"], "<end_of_turn>",
+        "\n<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", system=False, padding="<pad>"),
+}
+
+
+def tokenizer_of(form: Format):
+    tokenizer = byte_tokenizer(form.template, form.specials, form.end)
+    tokenizer.pad_token = form.padding or form.end
+    return tokenizer
+
+
+@pytest.fixture(params=FORMATS)
+def form(request) -> Format:
+    return FORMATS[request.param]
+
+
+@pytest.fixture
+def folder(form, tmp_path) -> str:
+    """A folder as it comes from a hub: bf16 weights, a tokenizer, its template."""
+    tokenizer = tokenizer_of(form)
+    random_model("llama", len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+def conversation(form: Format, instructions: str, pairs: list[tuple[str, str]], last: str) -> list[dict]:
+    """The messages of a dialogue, the rules where this format wants them."""
+    chat, rules = [], instructions
+    if instructions and form.system:
+        chat, rules = [{"role": "system", "content": instructions}], ""
+    for observation, answer in [*pairs, (last, None)]:
+        chat.append({"role": "user", "content": f"{rules}\n\n{observation}" if rules else observation})
+        chat += [{"role": "assistant", "content": answer}] if answer is not None else []
+        rules = ""
+    return chat
+
+
+@pytest.mark.parametrize("instructions", ["", "Play well."])
+def test_the_history_is_token_for_token_what_the_template_renders(form, instructions, started):
+    """Three turns: append-only rows equal one rendering of the whole dialogue. Mistral's space before an answer
+    is the model's to sample."""
+    tokenizer = tokenizer_of(form)
+    policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", instructions)
+    envs, [episode] = started(LAKE, [5])
+    pairs = []
+    for word in ("left", "jump", "up"):
+        sampled = " " + word if form is FORMATS["mistral"] else word
+        ids, starts_row = policy.prompt(episode, None)
+        turn = Turn(episode.observation, sampled, ids, starts_row, [*policy.encode(sampled), policy.end_id])
+        chat = conversation(form, instructions, pairs, episode.observation)
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ([] if starts_row else episode.row()) + ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        pairs.append((episode.observation, word))
+        episode.answer(envs[0], turn)
+
+
+def test_how_an_answer_ends_and_the_next_message_begins(form):
+    tokenizer = tokenizer_of(form)
+    policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu")
+    assert tokenizer.decode([policy.end_id]) == form.end
+    assert tokenizer.decode(policy.between) == form.after and tokenizer.decode(policy.tail) == form.tail
+
+
+def test_a_sampled_end_is_trained_a_forced_one_is_not_and_the_rest_of_the_markup_never(form, started, monkeypatch):
+    """Turn 0 ends itself after one token, turn 1 is cut after two: both stand in the row with an end."""
+    tokenizer = tokenizer_of(form)
+    policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", "Play well.")
+    a = policy.encode("a")[0]
+    monkeypatch.setattr("utils.sample_tokens", Script(policy, [[a, policy.end_id, a, a, a, a]]))
+    envs, [episode] = started(LAKE, [1])
+    rollout(policy, envs, [episode], streams(1), max_turns=3, max_turn_tokens=2, temperature=1.0)
+    batch = collate([episode], policy.device)
+    tokens, turn_id = batch["tokens"][0], batch["turn_id"][0]
+    assert tokens[turn_id >= 0].tolist() == [a, policy.end_id, a, a, a, a]
+    ends = (tokens == policy.end_id) & (turn_id < 0)
+    after_cut = (turn_id == 1).nonzero()[-1, 0] + 1
+    assert ends[after_cut] and tokens[after_cut] == policy.end_id
+    opened = tokenizer.decode(tokens[after_cut + 1:])
+    assert opened.startswith(form.after + episode.turns[2].observation)
+
+
+def test_a_bf16_folder_is_loaded_in_fp32_with_the_rules_as_its_opening(form, folder):
+    policy = load_policy(RunArgs(model=folder))
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters()) and not policy.bf16
+    head = policy.tokenizer.decode(policy.head)
+    rules = "hole"  # a word of Frozen Lake's instructions
+    assert rules in head and ("system" in head) == (form.system and form is not FORMATS["mistral"])
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+
+
+@pytest.mark.parametrize("form,script", [
+    (list(FORMATS)[number % 4], script) for number, script in enumerate(SCRIPTS)], indirect=["form"])
+def test_scripts_train_models_from_folders(form, folder, script, tmp_path):
+    """Every script with one format, every format with two scripts."""
+    module = importlib.import_module(f"algos.{script}")
+    some = {"critic_steps": 1, "critic_batch_turns": 4, "actor_batch_turns": 4, "actor_warm_up": 0, "context_limit": 2000,
+            "group_size": 1 if script == "archer" else 2}
+    flags = {name: value for name, value in some.items() if hasattr(module.Args, name)}
+    before = load_policy(module.Args(model=folder)).model.state_dict()
+    summary = module.main(module.Args(
+        model=folder, num_prompts=2, num_iterations=1, eval_episodes=2, max_turns=3, max_turn_tokens=3,
+        print_samples=0, run_dir=str(tmp_path / "runs"), **flags))
+    [run] = (tmp_path / "runs").iterdir()
+    saved = load_policy(module.Args(model=str(run / "checkpoint")))
+    assert summary["iterations"] == 1 and summary["generated_tokens"] > 0
+    assert saved.tokenizer.chat_template == form.template
+    record = json.loads((run / "args.json").read_text())
+    assert record["args"]["model"] == folder
+    assert saved.model.state_dict().keys() == before.keys()
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient(form, folder, started):
+    """Nor the rollout before it, whose cache must not be lost."""
+    gradients, episodes = [], []
+    for flag in (False, True):
+        policy, passes = load_policy(RunArgs(model=folder, gradient_checkpointing=flag)), []
+        envs, episodes = started(LAKE, [1, 2, 3])
+        rollout(policy, envs, episodes, streams(3), max_turns=3, max_turn_tokens=3, temperature=1.0)
+        batch = collate(episodes, policy.device)
+        policy.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))  # noqa: B023
+        logprobs, _ = token_logprobs(policy, batch, 1.0)
+        assert (logprobs - batch["old_logprobs"]).abs().max() < 1e-4
+        logprobs.sum().backward()
+        assert len(passes) == 1 + flag
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("script", ["st_ppo", "archer"])
+@pytest.mark.parametrize("form", ["chatml"], indirect=True)
+def test_critics_of_a_checkpointed_policy_are_checkpointed(form, folder, script, tmp_path):
+    """ST-PPO walks its graph back twice; both runs end with the same parameters."""
+    module, ends = importlib.import_module(f"algos.{script}"), []
+    some = {"critic_steps": 1, "critic_batch_turns": 4, "actor_batch_turns": 4, "actor_warm_up": 0}
+    flags = {name: value for name, value in some.items() if hasattr(module.Args, name)}
+    for flag in (False, True):
+        module.main(module.Args(model=folder, num_prompts=4, num_iterations=1, eval_episodes=1, max_turns=3,
+                                max_turn_tokens=3, print_samples=0, gradient_checkpointing=flag,
+                                run_dir=str(tmp_path / str(flag)), **flags))
+        [run] = (tmp_path / str(flag)).iterdir()
+        ends.append(load_policy(RunArgs(model=str(run / "checkpoint"))).model.state_dict())
+    assert all(torch.allclose(weight, ends[1][name], atol=1e-5) for name, weight in ends[0].items())
+    policy = load_policy(RunArgs(model=folder, gradient_checkpointing=True))
+    critic = module.Critic(policy) if script == "st_ppo" else module.TurnCritic(policy, 1, 2)
+    passes = []
+    critic.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    batch = {"tokens": torch.zeros(1, 6, dtype=torch.long), "turn_id": torch.tensor([[-1, -1, -1, 0, 0, 0]]),
+             "starts": torch.tensor([[3]])}
+    torch.stack([x.sum() for x in critic(batch)]).sum().backward()
+    assert len(passes) == 2
