@@ -6,6 +6,7 @@ run.iterations, calls run.log in every iteration and run.finish at the end.
 
 import csv
 import dataclasses
+import html
 import json
 import math
 import os
@@ -27,8 +28,8 @@ import transformers
 
 from envs.episodes import EnvironmentFault, Episode
 from utils import (
-    Policy, RunArgs, all_gather, all_reduce_sum, episode_metrics, make_envs, quiet, rank, stop,
-    world_size,
+    Policy, RunArgs, all_gather, all_reduce_sum, episode_metrics, make_envs, quiet, rank,
+    select_rows, stop, token_logprobs, world_size,
 )
 
 MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
@@ -58,11 +59,63 @@ def check_args(args: RunArgs):
         stop(f"--device {args.device}: with several processes say cuda, each takes its own device")
 
 
+PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title>
+<style>
+body {{ font: 15px/1.9 ui-monospace, monospace; margin: 2em auto; max-width: 72em; color: #222 }}
+pre {{ font: inherit; white-space: pre-wrap; border-left: 3px solid #ccc; padding-left: 1em }}
+s {{ color: #888; text-decoration: none }} sup {{ color: #888 }} label {{ margin-right: 2em }}
+i {{ font-style: normal; border-bottom: 1px solid #aaa; padding: 2px 0 }}
+body:has(#advantage:checked) i {{ background: var(--advantage) }}
+body:has(#ratio:checked) i {{ background: var(--ratio) }}
+body:has(#entropy:checked) i {{ background: var(--entropy) }}
+header {{ position: sticky; top: 0; background: white }}
+</style>
+<header><b>{name}</b><br>colour of the sampled tokens:
+<label><input type="radio" name="by" id="advantage" checked> advantage</label>
+<label><input type="radio" name="by" id="ratio"> probability after the update / before</label>
+<label><input type="radio" name="by" id="entropy"> entropy</label>
+<br>blue: above 0 (ratio: above 1), orange: below; grey text was not sampled; point at a token for
+its numbers</header>
+"""
+
+
+def colored_rows(tokenizer, batch: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> str:
+    """Rows of tokens as HTML. values: for every name of a colour a (B, T), of which 0 is white."""
+    lines, largest = [], {name: x.abs().max().clamp(min=1e-6) for name, x in values.items()}
+    lines.append("strongest colour: " + ", ".join(f"{n} {x:.3g}" for n, x in largest.items()))
+    for row, length in enumerate(batch["lengths"].tolist()):
+        parts, turn, ids = [], batch["turn_id"][row].tolist(), batch["tokens"][row].tolist()
+        outside: list[int] = []  # tokens not sampled, since the last sampled one
+        for t in range(length + 1):
+            if outside and (t == length or turn[t] >= 0):
+                parts.append(f"<s>{html.escape(tokenizer.decode(outside))}</s>")
+                outside = []
+            if t == length:
+                break
+            if turn[t] < 0:
+                outside.append(ids[t])
+                continue
+            if t == 0 or turn[t - 1] != turn[t]:
+                parts.append(f"<sup>turn {turn[t]} </sup>")
+            colors, numbers = [], []
+            for name, x in values.items():
+                value = x[row, t].item()
+                rgb = "70,130,220" if value > 0 else "240,140,40"
+                colors.append(f"--{name}:rgba({rgb},{abs(value) / largest[name]:.2f})")
+                shown = math.exp(value) if name == "ratio" else value
+                numbers.append(f"{name} {shown:.3f}")
+            parts.append(f'<i style="{";".join(colors)}" title="{", ".join(numbers)}">'
+                         f"{html.escape(tokenizer.decode([ids[t]]))}</i>")
+        lines.append(f"<pre>{''.join(parts)}</pre>")
+    return "\n".join(lines)
+
+
 class Run:
     """A run folder and what goes into it; `with Run(args, "ms_grpo") as run:` guards a run.
 
-    args.json, metrics.csv (a row per iteration), samples.jsonl, checkpoint/ (a transformers folder
-    with trainer_state.pt), summary.json, curve.png.
+    args.json, metrics.csv (a row per iteration), samples.jsonl, samples.html (rows of the first and
+    the last update), checkpoint/ (a transformers folder with trainer_state.pt), summary.json,
+    curve.png.
     """
 
     def __init__(self, args: RunArgs, algo: str):
@@ -182,7 +235,7 @@ class Run:
 
         evaluation() returns (metrics, episodes); `state` is what a checkpoint must hold.
         """
-        args, self.training = self.args, True
+        args, self.training, self.policy, self.shown = self.args, True, policy, False
         if not self.rows:
             self.rows.append({"iteration": 0})
         due = self.start % args.eval_every == 0 or self.start == args.num_iterations
@@ -204,8 +257,12 @@ class Run:
                     print(f"stopped; continue with --resume {self.folder}", file=sys.stderr)
                 raise SystemExit(128 + stopping)
 
-    def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float]):
-        """Start the row of an iteration: what the episodes were like and what the update did."""
+    def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float],
+            batch: dict[str, torch.Tensor] | None = None):
+        """Start the row of an iteration: what the episodes were like and what the update did.
+
+        batch: what the update has learned from, with its advantages (B, T) or (B,).
+        """
         train = episode_metrics(episodes)
         turns = {id(turn): turn for e in episodes for turn in e.turns}.values()  # shared ones once
         steps = all_reduce_sum(torch.tensor([
@@ -218,6 +275,27 @@ class Run:
         self.progress.set_postfix_str(
             f"success {train['success']:.2f}, return {train['return']:.2f}, "
             f"kl {metrics.get('approx_kl', 0):.4f}, {speed:.0f} tokens/s", refresh=False)
+
+        if batch is not None and self.writes and self.args.print_samples and (
+                not self.shown or iteration + 1 == self.args.num_iterations):
+            self.write_page(iteration + 1, batch)
+
+    def write_page(self, iteration: int, batch: dict[str, torch.Tensor]):
+        """Add the first rows of a batch to samples.html, coloured by what the update did."""
+        names = {"tokens", "turn_id", "lengths", "advantages", "old_logprobs"} & batch.keys()
+        rows = select_rows({name: batch[name] for name in names}, range(len(batch["tokens"]))[:8])
+        mask, advantages = rows["turn_id"] >= 0, rows["advantages"]
+        with torch.no_grad():
+            logprobs, entropy = token_logprobs(self.policy, rows, self.args.temperature)
+        values = {"advantage": advantages if advantages.dim() == 2 else advantages[:, None] * mask}
+        if "old_logprobs" in rows:
+            values["ratio"] = torch.where(mask, logprobs - rows["old_logprobs"], 0.0)  # its log
+        page, new = self.folder / "samples.html", not self.shown and not self.args.resume
+        with open(page, "w" if new else "a") as file:
+            file.write(PAGE.format(name=self.folder.name) if new else "")
+            file.write(f"<h3>iteration {iteration}</h3>\n" + colored_rows(
+                self.policy.tokenizer, rows, values | {"entropy": entropy}) + "\n")
+        self.shown = True
 
     def evaluated(self, metrics: dict[str, float], episodes: list[Episode]):
         """Add an evaluation to the row of the iteration."""

@@ -497,7 +497,7 @@ def main(args: Args) -> dict[str, float]:
             for steps in (updates, actor_updates):
                 for name in steps[0] if steps else ():
                     metrics[name] = np.mean([u[name] for u in steps])
-            run.log(iteration, episodes, metrics)
+            run.log(iteration, episodes, metrics, batch if actor_updates else None)
         return run.finish()
 
 

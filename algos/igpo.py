@@ -450,7 +450,7 @@ def main(args: Args) -> dict[str, float]:
                 "probe_share": probe_share, "optimizer_steps": len(updates)}
             if updates:
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics)
+            run.log(iteration, episodes, metrics, batch if updates else None)
         return run.finish()
 
 

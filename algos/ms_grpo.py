@@ -311,7 +311,7 @@ def main(args: Args) -> dict[str, float]:
                             "drawn_advantage": drawn_advantages.mean().item(),
                             "drawn_positive": (drawn_advantages > 0).double().mean().item()}
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics)
+            run.log(iteration, episodes, metrics, batch if updates else None)
         return run.finish()
 
 

@@ -56,8 +56,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py a
 from run_folder import Run
 from utils import (
     DRAW, Policy, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
-    evaluate, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank,
-    select_rows, stop, token_logprobs, world_size,
+    evaluate, expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step,
+    random_stream, rank, select_rows, stop, token_logprobs, world_size,
 )
 
 
@@ -336,13 +336,14 @@ def main(args: Args) -> dict[str, float]:
             # 4. update: one step per turn, and the weights for the next one
             updates, running = [], torch.ones_like(advantages)  # (E,) M / A
             longest = all_gather(batch["turn_id"].amax()[None] + 1).amax().item()
+            credit = torch.zeros(len(episodes), longest, device=policy.device)  # (E, K) M
             rng = random_stream(args.seed, DRAW, iteration)
             for turns in turn_order(longest, args.order, rng):
                 rows = rows_of_turns(batch, turns)
-                weights = (advantages * running)[rows["episode_id"]]  # (B,)
-                if not all_reduce_sum(weights.abs().sum()):
+                credit[:, turns] = (advantages * running)[:, None]
+                rows["advantages"] = expand_to_tokens(credit, rows["turn_id"], rows["episode_id"])
+                if not all_reduce_sum(rows["advantages"].abs().sum()):
                     continue  # nothing to learn from
-                rows["advantages"] = weights[:, None].expand(rows["tokens"].shape)
                 if args.ratio_base == "before_turn":
                     rows["old_logprobs"], _ = batch_logprobs(policy, rows, args)
                 for _ in range(args.steps_per_turn):
@@ -355,6 +356,7 @@ def main(args: Args) -> dict[str, float]:
                                                args.factor_clip)
 
             # 5. log (evaluation and checkpoints: run.iterations)
+            batch["advantages"] = expand_to_tokens(credit, batch["turn_id"], batch["episode_id"])
             everyone = all_gather(running)
             metrics = {"groups_without_signal": silent.double().mean().item(),
                        "task_reward": rewards.mean().item(),
@@ -365,7 +367,7 @@ def main(args: Args) -> dict[str, float]:
                        "optimizer_steps": len(updates)}
             if updates:
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics)
+            run.log(iteration, episodes, metrics, batch if updates else None)
         return run.finish()
 
 

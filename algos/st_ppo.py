@@ -464,7 +464,7 @@ def main(args: Args) -> dict[str, float]:
                         "return_std": returns.std().item(), "optimizer_steps": len(updates),
                         "explained_variance": (1 - raw.var() / returns.var()).item()
                         if returns.var() > 1e-10 else 0.0}
-            run.log(iteration, episodes, metrics)
+            run.log(iteration, episodes, metrics, batch)
         return run.finish()
 
 

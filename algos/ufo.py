@@ -464,7 +464,7 @@ def main(args: Args) -> dict[str, float]:
                 metrics["explained_variance"] = (1 - error / spread).item() if spread > 0 else 0.0
             if updates:
                 metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics)
+            run.log(iteration, episodes, metrics, batch if updates else None)
         return run.finish()
 
 

@@ -3,6 +3,7 @@
 import ast
 import csv
 import dataclasses
+import html.parser
 import importlib
 import json
 import os
@@ -110,7 +111,7 @@ def test_help_and_a_short_run_from_a_clean_checkout(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "after 0 iterations, held-out seed" in run.stdout and "after 2 iter" in run.stdout
     assert {path.name for path in only_run(tmp_path).iterdir()} == {
-        "args.json", "metrics.csv", "samples.jsonl", "checkpoint", "summary.json", "curve.png"}
+        "args.json", "metrics.csv", "samples.jsonl", "samples.html", "checkpoint", "summary.json", "curve.png"}
 
 
 def test_a_run_folder_holds_what_happened(tmp_path):
@@ -127,6 +128,69 @@ def test_a_run_folder_holds_what_happened(tmp_path):
     assert summary["success_end"] == float(rows[2]["eval_success"])
     samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
     assert len(samples) == 12 and samples[0]["seed"] == 2**30 and len(samples[0]["turns"][0]) == 3
+
+
+class Page(html.parser.HTMLParser):
+    """The sampled tokens of samples.html, each with its numbers, and the text of every row."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.sampled, self.rows, self.tags = [], [], []
+        self.feed(path.read_bytes().decode())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "pre":
+            self.rows.append("")
+        if tag == "i":
+            numbers = dict(attrs)["title"].split(", ")
+            self.sampled.append({k: float(v) for k, v in (n.split(" ") for n in numbers)})
+
+    def handle_endtag(self, tag):
+        if tag in self.tags:
+            while self.tags.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if self.rows and self.tags[-1] in ("s", "i"):
+            self.rows[-1] += data
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_page_of_a_run_shows_credit_ratio_and_entropy_of_every_sampled_token(tmp_path, script, monkeypatch):
+    """Made from what the update was given, in the first iteration and in the last one, and of no consequence."""
+    module, given = importlib.import_module(f"algos.{script}"), []
+    original = run_folder.Run.write_page
+
+    def spy(self, iteration, batch):
+        given.append((iteration, batch, self.policy))
+        original(self, iteration, batch)
+    monkeypatch.setattr(run_folder.Run, "write_page", spy)
+    flags = {"env_id": "words:tests/Words-v0", "env_kwargs": "{}", "num_iterations": 3, "learning_rate": 1e-2}
+    module.main(quick(tmp_path / "with", script, print_samples=1, **flags))
+    module.main(quick(tmp_path / "without", script, **flags))
+    one, two = only_run(tmp_path / "with"), only_run(tmp_path / "without")
+    assert not (two / "samples.html").exists()
+    assert all(torch.equal(w, weights(two)[name]) for name, w in weights(one).items())
+    page, expected, texts = Page(one / "samples.html"), [], []
+    first, last = (iteration for iteration, _, _ in given)
+    assert first in (1, 2) and last == 3, "the first iteration that had anything to learn from"
+    for _, batch, policy in given:
+        for row in range(min(8, len(batch["tokens"]))):
+            sampled = (batch["turn_id"][row] >= 0).nonzero()[:, 0].tolist()
+            credit = batch["advantages"][row]
+            expected += [credit[t].item() if credit.dim() else credit.item() for t in sampled]
+            ids, pieces = batch["tokens"][row, : batch["lengths"][row]].tolist(), []
+            for t, token in enumerate(ids):  # a sampled token alone, others together
+                if t in sampled or t == 0 or t - 1 in sampled:
+                    pieces.append([])
+                pieces[-1].append(token)
+            texts.append("".join(policy.tokenizer.decode(piece) for piece in pieces))
+    assert [x["advantage"] for x in page.sampled] == pytest.approx(expected, abs=6e-4) and any(expected)
+    assert page.rows == texts
+    assert all(x["entropy"] > 0 for x in page.sampled)
+    ratios = [x.get("ratio", 1.0) for x in page.sampled]
+    assert script == "archer" or len({round(x, 2) for x in ratios}) > 3, "the update has moved them"
 
 
 def test_the_same_seed_gives_the_same_transcripts_and_another_does_not(tmp_path):
