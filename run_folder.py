@@ -34,8 +34,9 @@ from utils import (
 
 MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
                "forks", "final_reserve", "staleness", "actor_warm_up"}
-MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "eval_only", "save_every", "run_dir", "track",
-                        "compile", "print_samples", "micro_batch_tokens", "device"}
+MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "max_generated_tokens", "eval_only",
+                        "save_every", "run_dir", "track", "compile", "print_samples",
+                        "micro_batch_tokens", "device"}
 
 
 def check_args(args: RunArgs):
@@ -238,16 +239,17 @@ class Run:
         args, self.training, self.policy, self.shown = self.args, True, policy, False
         if not self.rows:
             self.rows.append({"iteration": 0})
-        due = self.start % args.eval_every == 0 or self.start == args.num_iterations
+        due = self.start % args.eval_every == 0 or self.is_last(self.start)
         if args.eval_only or (due and "eval_success" not in self.rows[-1]):
             self.evaluated(*evaluation())
-        steps = range(self.start, self.start if args.eval_only else args.num_iterations)
+        stay = args.eval_only or self.is_last(self.start)
+        steps = range(self.start, self.start if stay else args.num_iterations)
         self.progress = tqdm.tqdm(steps, "train", args.num_iterations, initial=self.start,
                                   disable=quiet())
         for iteration in self.progress:
             yield iteration
             stopping = int(all_gather(torch.tensor([self.signal])).max())  # one decision for all
-            done, last = iteration + 1, iteration + 1 == args.num_iterations
+            done, last = iteration + 1, self.is_last(iteration + 1)
             if (done % args.eval_every == 0 or last) and not stopping:
                 self.evaluated(*evaluation())
             if (done % args.save_every == 0 or last or stopping) and rank() == 0:
@@ -256,6 +258,14 @@ class Run:
                 if rank() == 0:
                     print(f"stopped; continue with --resume {self.folder}", file=sys.stderr)
                 raise SystemExit(128 + stopping)
+            if last:
+                self.progress.close()
+                return
+
+    def is_last(self, done: int) -> bool:
+        """Whether the run ends after so many iterations."""
+        limit = self.args.max_generated_tokens or math.inf
+        return done == self.args.num_iterations or self.totals["generated_tokens"] >= limit
 
     def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float],
             batch: dict[str, torch.Tensor] | None = None):
@@ -277,7 +287,7 @@ class Run:
             f"kl {metrics.get('approx_kl', 0):.4f}, {speed:.0f} tokens/s", refresh=False)
 
         if batch is not None and self.writes and self.args.print_samples and (
-                not self.shown or iteration + 1 == self.args.num_iterations):
+                not self.shown or self.is_last(iteration + 1)):
             self.write_page(iteration + 1, batch)
 
     def write_page(self, iteration: int, batch: dict[str, torch.Tensor]):
@@ -303,7 +313,8 @@ class Run:
         iteration = int(self.rows[-1]["iteration"])
         self.write_samples(iteration, episodes[:8])
         if rank() == 0:
-            shown = self.args.print_samples * (iteration in (self.start, self.args.num_iterations))
+            ends = iteration == self.start or self.is_last(iteration)
+            shown = self.args.print_samples * ends
             for episode in episodes[:shown]:
                 tqdm.tqdm.write(f"\nafter {iteration} iterations, held-out seed {episode.seed}:\n"
                                 f"{episode.transcript()}\n")

@@ -48,6 +48,7 @@ class RunArgs:
     model: str = "tiny"  # tiny (made and warm-started here), or a folder or hub id of a chat model
     device: str = "cpu"  # torch device: cpu, cuda, cuda:1
     num_iterations: int = 100  # iterations of: collect episodes, update
+    max_generated_tokens: int | None = None  # stop after the iteration that reaches so many
     num_prompts: int = 16  # environment seeds (groups) per iteration
     group_size: int = 8  # episodes that start from the same seed, G
     max_turns: int = 8  # turns after which an episode is truncated, K

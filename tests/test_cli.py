@@ -290,6 +290,24 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     assert rows == ["0", "1", "2", "3", "4"]
 
 
+def test_a_run_ends_with_the_iteration_that_reaches_its_tokens_and_can_go_on(tmp_path):
+    words = {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
+    whole = ms_grpo.main(quick(tmp_path / "whole", num_iterations=4, **words))
+    tokens = [int(row["generated_tokens"]) for row in csv.DictReader(open(only_run(tmp_path / "whole") / "metrics.csv"))]
+    flags = words | {"num_iterations": 9, "eval_every": 9, "save_every": 9}
+    summary = ms_grpo.main(quick(tmp_path, max_generated_tokens=tokens[1] + 1, print_samples=1, **flags))
+    folder = only_run(tmp_path)
+    assert summary["iterations"] == 2 and summary["generated_tokens"] == tokens[2]
+    assert [row["eval_success"] != "" for row in csv.DictReader(open(folder / "metrics.csv"))] == [True, False, True]
+    assert "<h3>iteration 2</h3>" in (folder / "samples.html").read_text()
+    again = quick(tmp_path, resume=str(folder), max_generated_tokens=tokens[2], **flags)
+    assert ms_grpo.main(again)["iterations"] == 2
+    assert ms_grpo.main(dataclasses.replace(again, max_generated_tokens=tokens[3] + 1))["iterations"] == 4
+    assert whole["generated_tokens"] == tokens[4]
+    for name, weight in weights(only_run(tmp_path / "whole")).items():
+        assert torch.equal(weight, weights(folder)[name]), name
+
+
 def test_a_kill_during_a_checkpoint_leaves_a_readable_one(tmp_path):
     """Kill -9 at twelve random moments of a process that does nothing but save."""
     ms_grpo.main(quick(tmp_path))
