@@ -9,6 +9,7 @@ did not sample (observations, chat markup, forced tokens, padding): mask = turn_
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -27,7 +28,7 @@ import torch.distributed as dist
 import tqdm
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from envs import known_ids, make_env
@@ -141,6 +142,9 @@ class Policy:
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False):
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
         self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
+        self.player = copy.deepcopy(self.model) if bf16 else self.model  # of rollouts
+        for weight in self.player.parameters() if bf16 else ():  # buffers (of positions) stay fp32
+            weight.data = weight.data.to(torch.bfloat16)
         self.compiled = self.decode = None  # with --compile: the forward of updates, of one token
         self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
         self.context_length = model.config.max_position_embeddings
@@ -195,7 +199,8 @@ class Policy:
 
     def forward(self, tokens: Tensor, **kwargs) -> Tensor:
         """The logits (B, T or fewer, V), in fp32."""
-        decoding, model = kwargs["use_cache"], self.model
+        decoding = kwargs["use_cache"]
+        model = self.player if decoding else self.model
         for layer in self.checkpointed:  # what is recomputed cannot fill a cache
             layer.training = not decoding
         if self.compiled is not None and (not decoding or tokens.shape[1] == 1):
@@ -206,13 +211,18 @@ class Policy:
     def static_cache(self, rows: int, length: int) -> transformers.StaticCache:
         """An empty cache, always the same one for a size: a CUDA graph knows its address."""
         if (rows, length) not in self.static_caches:
-            cache = transformers.StaticCache(config=self.model.config, max_cache_len=length)
-            cache.layers = [OneTypeLayer(length) for _ in cache.layers]
-            self.static_caches[rows, length] = cache
+            self.static_caches[rows, length] = transformers.StaticCache(
+                config=self.model.config, max_cache_len=length)
         self.static_caches[rows, length].reset()
         return self.static_caches[rows, length]
 
+    @torch.no_grad()
     def decoder(self, rows: int) -> "Decoder | StaticDecoder":
+        """An empty cache for so many rows, for the policy as it is now."""
+        if self.player is not self.model:
+            for old, new in zip(self.player.parameters(), self.model.parameters(), strict=True):
+                old.copy_(new)
+        self.player.eval()
         return (Decoder if self.decode is None else StaticDecoder)(self, rows)
 
     def save(self, folder: Path):
@@ -250,7 +260,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # sizes of rollouts; the default is 8
         policy.compiled = torch.compile(model, dynamic=True)
-        policy.decode = torch.compile(model, dynamic=False, mode="reduce-overhead")
+        policy.decode = torch.compile(policy.player, dynamic=False, mode="reduce-overhead")
     return policy
 
 
@@ -358,7 +368,7 @@ class GrowingLayer(DynamicLayer):
         at_home = old > 0 and self.keys.data_ptr() == self.room.data_ptr()  # not after a selection
         if not at_home or self.room.shape[-2] < new:
             batch, heads, _, width = key_states.shape
-            room = value_states.new_empty(2, batch, heads, 2 * new, width)  # keys may be wider
+            room = key_states.new_empty(2, batch, heads, 2 * new, width)
             if old > 0:
                 room[0, :, :, :old], room[1, :, :, :old] = self.keys, self.values
             self.room = room
@@ -399,13 +409,6 @@ class Decoder:
 
 
 MIN_STATIC_CACHE = 256  # columns
-
-
-class OneTypeLayer(StaticLayer):
-    """A cache layer of fixed size; under autocast keys come in fp32 and values in bf16."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
 
 
 class StaticDecoder:
@@ -485,7 +488,6 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
     used), and force(episode, used, token_ids), the tokens to put in, unsampled, after those of the
     turn so far.
     """
-    policy.model.eval()
     live, decoder = list(range(len(episodes))), None
     prompts, used, caps, unfed = {}, {}, {}, {}
     while True:

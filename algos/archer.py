@@ -315,7 +315,6 @@ def saved_buffer(run_folder: str, policy: Policy) -> dict:
 def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tensor,
                   args: Args) -> dict[str, Tensor]:
     """Answers of the policy as it is now to the states of turns; uniforms (N, max_turn_tokens)."""
-    policy.model.eval()
     rows = [one_turn(row, k) | {"tokens": row["tokens"][: row["starts"][k]]} for row, k in turns]
     lengths = torch.tensor([len(row["tokens"]) for row in rows])
     for part in micro_batches({"lengths": lengths, "row": torch.arange(len(rows))},

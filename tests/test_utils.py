@@ -10,8 +10,8 @@ import torch
 from conftest import Script, byte_tokenizer, random_model, streams
 from envs.episodes import Episode, Turn, start_episodes
 from utils import (
-    Decoder, Policy, RunArgs, batch_logprobs, collate, collect_groups, evaluate, expand_to_tokens, make_envs, masked_mean,
-    micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
+    Decoder, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate,
+    expand_to_tokens, make_envs, masked_mean, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
     token_logprobs, turn_table,
 )
 
@@ -116,11 +116,13 @@ def test_sampling_never_takes_a_token_of_probability_zero():
 def test_the_static_cache_gives_the_logits_of_the_growing_one(chat_policy, monkeypatch, bf16, tolerance):
     """30 ragged feeds of up to 5 tokens, dropped rows, a cache of 8 columns that has to be made anew."""
     monkeypatch.setattr("utils.MIN_STATIC_CACHE", 8)
-    chat_policy.bf16, made, original = bf16, [], Policy.static_cache
+    policy = Policy(chat_policy.model, chat_policy.tokenizer, "cpu", bf16=bf16)
+    made, original = [], Policy.static_cache
     monkeypatch.setattr(Policy, "static_cache", lambda *size: made.append(size[1:]) or original(*size))
-    growing, rng, rows = Decoder(chat_policy, 5), np.random.default_rng(0), 5
-    chat_policy.decode = chat_policy.model
-    static = chat_policy.decoder(5)
+    growing, rng, rows = policy.decoder(5), np.random.default_rng(0), 5
+    policy.decode = policy.player
+    static = policy.decoder(5)
+    assert type(growing) is Decoder and type(static) is StaticDecoder
     with torch.no_grad():
         for step in range(30):
             if step in (7, 19):
@@ -133,7 +135,23 @@ def test_the_static_cache_gives_the_logits_of_the_growing_one(chat_policy, monke
             one, two = growing.feed(pending), static.feed(pending)
             fed = torch.tensor(counts) > 0  # what a row without a new token says is not looked at
             assert (one - two)[fed].abs().max() < tolerance and one.shape == two.shape
+    cached = policy.static_caches[8, 16].layers[0]
+    assert cached.keys.dtype == cached.values.dtype == (torch.bfloat16 if bf16 else torch.float32)
     assert len(made) > 3 and made[0] == (8, 16) and {size[0] for size in made} == {8}
+
+
+def test_a_bf16_player_follows_the_fp32_weights(chat_policy):
+    """Every new decoder plays what the optimizer has made of the weights; buffers (of positions) stay fp32."""
+    policy = Policy(chat_policy.model, chat_policy.tokenizer, "cpu", bf16=True)
+    first = policy.decoder(1).feed([[5, 6, 7]])
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(0.5)
+    second = policy.decoder(1).feed([[5, 6, 7]])
+    assert (first - second).abs().max() > 0.1
+    assert all(torch.equal(p, w.to(torch.bfloat16)) and w.dtype == torch.float32
+               for p, w in zip(policy.player.parameters(), policy.model.parameters(), strict=True))
+    assert all(x.dtype != torch.bfloat16 for x in policy.player.buffers())
 
 
 @pytest.mark.parametrize("history_turns", [None, 0])
