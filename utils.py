@@ -71,7 +71,7 @@ class RunArgs:
     track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.csv
     compile: bool = False  # torch.compile the update and, as CUDA graphs, the decoding
     gradient_checkpointing: bool = False  # less memory in an update, about a third more time
-    print_samples: int = 1  # transcripts printed before and after training
+    print_samples: int = 1  # transcripts printed at both ends of training; 0: no samples.html
 
 
 def stop(message: str):

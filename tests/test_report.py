@@ -1,6 +1,8 @@
 """Every number in README and docs comes from results/*.csv."""
 
 import csv
+import difflib
+import re
 
 import numpy as np
 import pytest
@@ -38,6 +40,16 @@ def test_the_line_counts_of_the_readme_are_right():
     for path in (ROOT / "algos").glob("*.py"):
         lines = len(path.read_text().splitlines())
         assert f"[`{path.name}`](algos/{path.name}) ({lines})" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_counts_the_lines_that_neighbours_do_not_share():
+    text = (ROOT / "README.md").read_text().split("**Reading order**")[1].split("(logs,")[0]
+    found = re.findall(r"`(\w+)\.py`(?: \((\d+)\))?", text.split("the scripts.")[1])
+    scripts = [(ROOT / f"algos/{name}.py").read_text().splitlines() for name, _ in found[:-1]]  # then run_folder.py
+    assert len(scripts) == 8
+    for before, script, (name, count) in zip(scripts, scripts[1:], found[1:], strict=False):
+        new = sum(line.startswith("+") for line in difflib.unified_diff(before, script, n=0, lineterm="")) - 1
+        assert int(count) == new, name
 
 
 def test_bootstrap_and_verdict():
