@@ -10,11 +10,12 @@ seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
 scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer}
 claims=runs/claims
-quick=()
+quick=() quick_archer=()
 if [ "${1:-}" = --quick ]; then
     seeds=1
     claims=runs/quick
-    quick=(--num-iterations 3 --warm-start-steps 20 --eval-episodes 16 --eval-every 1)
+    quick=(--num-iterations 2 --num-prompts 8 --warm-start-steps 20 --eval-episodes 8 --eval-every 2)
+    quick_archer=(--actor-warm-up 1 --critic-steps 2)
 fi
 export OMP_NUM_THREADS=1
 
@@ -22,6 +23,8 @@ run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at mo
     # is the script whose claims these are; ALGO=x runs another one.
     local claim=$1 script=${ALGO:-$1} arm=$2 seed
     shift 2
+    set -- "$@" "${quick[@]}"
+    if [ "$script" = archer ]; then set -- "$@" "${quick_archer[@]}"; fi
     [[ " $scripts " == *" $claim "* ]] || return 0
     for seed in $seeds; do
         local folder=$claims/$claim/$arm-$seed
@@ -30,7 +33,7 @@ run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at mo
         echo "$claim $arm seed $seed"
         mkdir -p "$folder"
         python "algos/$script.py" --seed "$seed" --run-dir "$folder" --print-samples 0 \
-            "$@" "${quick[@]}" >"$folder/log.txt" 2>&1 || { tail -n 5 "$folder/log.txt"; exit 1; } &
+            "$@" >"$folder/log.txt" 2>&1 || { tail -n 5 "$folder/log.txt"; exit 1; } &
     done
 }
 

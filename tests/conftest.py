@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of every test process and of what it starts
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -95,8 +96,10 @@ def tiny_policy() -> Policy:
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory):
-    """Warm starts of the tests go to a folder of their own, shared by all tests of a session."""
-    os.environ["TURNRL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Warm starts of the tests go to a folder of their own, shared by all tests of a session, in all its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["TURNRL_CACHE"] = str(folder / "cache")
 
 
 @pytest.fixture
