@@ -28,8 +28,8 @@ import transformers
 
 from envs.episodes import EnvironmentFault, Episode
 from utils import (
-    Policy, RunArgs, all_gather, all_reduce_sum, episode_metrics, make_envs, quiet, rank,
-    select_rows, stop, token_logprobs, world_size,
+    Policy, RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, make_envs, quiet,
+    rank, select_rows, stop, world_size,
 )
 
 MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
@@ -295,8 +295,7 @@ class Run:
         names = {"tokens", "turn_id", "lengths", "advantages", "old_logprobs"} & batch.keys()
         rows = select_rows({name: batch[name] for name in names}, range(len(batch["tokens"]))[:8])
         mask, advantages = rows["turn_id"] >= 0, rows["advantages"]
-        with torch.no_grad():
-            logprobs, entropy = token_logprobs(self.policy, rows, self.args.temperature)
+        logprobs, entropy = batch_logprobs(self.policy, rows, self.args)
         values = {"advantage": advantages if advantages.dim() == 2 else advantages[:, None] * mask}
         if "old_logprobs" in rows:
             values["ratio"] = torch.where(mask, logprobs - rows["old_logprobs"], 0.0)  # its log

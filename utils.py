@@ -650,7 +650,7 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
 def batch_logprobs(policy: Policy, batch: dict[str, Tensor],
                    args: RunArgs) -> tuple[Tensor, Tensor]:
     """token_logprobs of a batch of any size, without gradient: two (B, T)."""
-    values = batch["old_logprobs"].new_zeros(2, *batch["tokens"].shape)
+    values = torch.zeros(2, *batch["tokens"].shape, device=policy.device)
     numbered = batch | {"row": torch.arange(len(batch["tokens"]), device=policy.device)}
     for part in micro_batches(numbered, args.micro_batch_tokens):
         here = torch.stack(token_logprobs(policy, part, args.temperature))
