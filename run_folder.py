@@ -36,7 +36,7 @@ MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom"
                "forks", "final_reserve", "staleness", "actor_warm_up"}
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "max_generated_tokens", "eval_only",
                         "save_every", "run_dir", "track", "compile", "print_samples",
-                        "micro_batch_tokens", "device"}
+                        "micro_batch_tokens", "gradient_checkpointing", "device"}
 
 
 def check_args(args: RunArgs):
@@ -286,21 +286,24 @@ class Run:
             f"success {train['success']:.2f}, return {train['return']:.2f}, "
             f"kl {metrics.get('approx_kl', 0):.4f}, {speed:.0f} tokens/s", refresh=False)
 
-        if batch is not None and self.writes and self.args.print_samples and (
-                not self.shown or self.is_last(iteration + 1)):
+        wanted = self.writes and self.args.print_samples and batch is not None
+        if wanted and len(batch["tokens"]) and (not self.shown or self.is_last(iteration + 1)):
             self.write_page(iteration + 1, batch)
 
     def write_page(self, iteration: int, batch: dict[str, torch.Tensor]):
-        """Add the first rows of a batch to samples.html, coloured by what the update did."""
+        """Add eight rows of a batch to samples.html, those with an advantage first."""
         names = {"tokens", "turn_id", "lengths", "advantages", "old_logprobs"} & batch.keys()
-        rows = select_rows({name: batch[name] for name in names}, range(len(batch["tokens"]))[:8])
+        silent = batch["advantages"].reshape(len(batch["tokens"]), -1).abs().amax(1) == 0
+        rows = select_rows({name: batch[name] for name in names},
+                           silent.long().argsort(stable=True)[:8])
         mask, advantages = rows["turn_id"] >= 0, rows["advantages"]
         logprobs, entropy = batch_logprobs(self.policy, rows, self.args)
         values = {"advantage": advantages if advantages.dim() == 2 else advantages[:, None] * mask}
         if "old_logprobs" in rows:
             values["ratio"] = torch.where(mask, logprobs - rows["old_logprobs"], 0.0)  # its log
-        page, new = self.folder / "samples.html", not self.shown and not self.args.resume
-        with open(page, "w" if new else "a") as file:
+        page = self.folder / "samples.html"
+        new = not page.exists()
+        with open(page, "a", encoding="utf-8") as file:
             file.write(PAGE.format(name=self.folder.name) if new else "")
             file.write(f"<h3>iteration {iteration}</h3>\n" + colored_rows(
                 self.policy.tokenizer, rows, values | {"entropy": entropy}) + "\n")

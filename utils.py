@@ -142,10 +142,8 @@ class Policy:
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False):
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
         self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
-        self.player = copy.deepcopy(self.model) if bf16 else self.model  # of rollouts
-        for weight in self.player.parameters() if bf16 else ():  # buffers (of positions) stay fp32
-            weight.data = weight.data.to(torch.bfloat16)
-        self.compiled = self.decode = None  # with --compile: the forward of updates, of one token
+        self.player = None  # the model that decodes
+        self.compiles, self.compiled, self.decode = False, None, None  # updates, one token
         self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
         self.context_length = model.config.max_position_embeddings
 
@@ -217,13 +215,23 @@ class Policy:
         return self.static_caches[rows, length]
 
     @torch.no_grad()
-    def decoder(self, rows: int) -> "Decoder | StaticDecoder":
-        """An empty cache for so many rows, for the policy as it is now."""
+    def decoder(self, rows: int, most_rows: int) -> "Decoder | StaticDecoder":
+        """An empty cache for so many rows, for the policy as it is now; it ends earlier decoders.
+
+        most_rows: as many as any decoder of this rollout will have.
+        """
+        if self.player is None:
+            self.player = copy.deepcopy(self.model) if self.bf16 else self.model
+            for weight in self.player.parameters() if self.bf16 else ():  # buffers stay fp32
+                weight.data = weight.data.to(torch.bfloat16)
+            layers = transformers.DynamicCache(config=self.model.config).layers
+            if self.compiles and all(type(layer) is DynamicLayer for layer in layers):
+                self.decode = torch.compile(self.player, dynamic=False, mode="reduce-overhead")
         if self.player is not self.model:
             for old, new in zip(self.player.parameters(), self.model.parameters(), strict=True):
                 old.copy_(new)
         self.player.eval()
-        return (Decoder if self.decode is None else StaticDecoder)(self, rows)
+        return Decoder(self, rows) if self.decode is None else StaticDecoder(self, rows, most_rows)
 
     def save(self, folder: Path):
         self.model.save_pretrained(folder)
@@ -253,14 +261,15 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
         checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
                              model.gradient_checkpointing_enable)
         checkpoint({"use_reentrant": False})
+        with contextlib.suppress(AttributeError):  # made for models whose embedding is not trained
+            model.disable_input_require_grads()
         policy.checkpointed = [m for m in model.modules()
                                if isinstance(m, GradientCheckpointingLayer)]
         for layer in policy.checkpointed:  # this flag alone, so that no dropout wakes up
             layer.training = True
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # sizes of rollouts; the default is 8
-        policy.compiled = torch.compile(model, dynamic=True)
-        policy.decode = torch.compile(policy.player, dynamic=False, mode="reduce-overhead")
+        policy.compiles, policy.compiled = True, torch.compile(model, dynamic=True)
     return policy
 
 
@@ -418,9 +427,9 @@ class StaticDecoder:
     full (of holes, mostly), all tokens are fed once more, into one with room for as many again.
     """
 
-    def __init__(self, policy: Policy, rows: int):
+    def __init__(self, policy: Policy, rows: int, most_rows: int):
         self.policy, self.rows = policy, list(range(rows))
-        self.history: list[list[int]] = [[] for _ in range(2 ** (rows - 1).bit_length())]
+        self.history: list[list[int]] = [[] for _ in range(2 ** (most_rows - 1).bit_length())]
         self.mask, self.width = torch.zeros(len(self.history), 0, dtype=torch.long), 0
 
     def feed(self, pending: list[list[int]]) -> Tensor:
@@ -505,7 +514,7 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
         dropped, live = len(live) - len(rows), [live[row] for row in rows]
         # 2. feed them: to the cache that holds the history, or to a new one
         if decoder is None or history_turns is not None:
-            decoder = policy.decoder(len(live))
+            decoder = policy.decoder(len(live), len(episodes))
             pending = [prompts[i][0] if prompts[i][1] else episodes[i].row() + prompts[i][0]
                        for i in live]
         else:

@@ -320,7 +320,7 @@ def fresh_answers(policy: Policy, turns: list[tuple[dict, int]], uniforms: Tenso
     for part in micro_batches({"lengths": lengths, "row": torch.arange(len(rows))},
                               args.micro_batch_tokens):
         here, number = [rows[i] for i in part["row"].tolist()], uniforms[part["row"]]
-        decoder, unfed = policy.decoder(len(here)), [row["tokens"] for row in here]
+        decoder, unfed = policy.decoder(len(here), len(rows)), [row["tokens"] for row in here]
         for step in range(args.max_turn_tokens):
             tokens, _ = sample_tokens(decoder.feed(unfed), args.temperature, number[:, step])
             unfed = []

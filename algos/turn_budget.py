@@ -449,6 +449,7 @@ def main(args: Args) -> dict[str, float]:
         envs = limited(make_envs(args, num_episodes // world_size()))
         run.eval_envs = limited(run.eval_envs)
         policy = load_policy(args, env=envs[0])
+        reference = copy.deepcopy(policy) if args.kl_coefficient else None
         budget = Budget(policy, args, getattr(envs[0].unwrapped, "end_of_thought", "</think>"))
         options = {"history_turns": budget.history_turns, "force": budget.force,
                    "max_turn_tokens": budget.max_turn_tokens}
@@ -461,7 +462,6 @@ def main(args: Args) -> dict[str, float]:
                 first = min(last, percentile_limit(counts, args.start_percentile))
             for env in envs + run.eval_envs:
                 env.limits = (first, last)
-        reference = copy.deepcopy(policy) if args.kl_coefficient else None
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         run.restore(policy, optimizer=optimizer)
 

@@ -67,7 +67,6 @@ class Script:
         self.policy, self.script, self.sampled = policy, script, [0] * len(script)
 
     def __call__(self, logits, temperature, uniforms):
-        self.calls = getattr(self, "calls", 0)
         tokens = torch.tensor([line[min(n, len(line) - 1)]
                                for line, n in zip(self.script, self.sampled, strict=True)])
         self.sampled = [n + 1 for n in self.sampled]

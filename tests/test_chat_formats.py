@@ -181,15 +181,17 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient(fo
 
 @pytest.mark.parametrize("script", ["st_ppo", "archer"])
 @pytest.mark.parametrize("form", ["chatml"], indirect=True)
-def test_critics_of_a_checkpointed_policy_are_checkpointed(form, folder, script, tmp_path):
-    """ST-PPO walks its graph back twice; both runs end with the same parameters."""
+def test_critics_of_a_checkpointed_policy_are_checkpointed(form, folder, script, tmp_path, monkeypatch):
+    """ST-PPO walks its graph back twice; both runs, one of them compiled as well, end with the same parameters."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, **_: original(model, backend="eager", dynamic=dynamic))
     module, ends = importlib.import_module(f"algos.{script}"), []
     some = {"critic_steps": 1, "critic_batch_turns": 4, "actor_batch_turns": 4, "actor_warm_up": 0}
     flags = {name: value for name, value in some.items() if hasattr(module.Args, name)}
     for flag in (False, True):
         module.main(module.Args(model=folder, num_prompts=4, num_iterations=1, eval_episodes=1, max_turns=3,
                                 max_turn_tokens=3, print_samples=0, gradient_checkpointing=flag,
-                                run_dir=str(tmp_path / str(flag)), **flags))
+                                compile=flag, run_dir=str(tmp_path / str(flag)), **flags))
         [run] = (tmp_path / str(flag)).iterdir()
         ends.append(load_policy(RunArgs(model=str(run / "checkpoint"))).model.state_dict())
     assert all(torch.allclose(weight, ends[1][name], atol=1e-5) for name, weight in ends[0].items())

@@ -5,7 +5,8 @@
 decode: rows of 256 tokens go on by 64, sampled as in a rollout, with and without --compile. The limit is
 memory: every step reads all weights (bf16) and the cached keys and values.
 train: forward, backward and optimizer step on rows of 512 tokens, 64 of them sampled, with and without
---gradient-checkpointing. The limit is 6 operations per weight and token at the rate of a large bf16 product.
+--gradient-checkpointing. The limit is 6 operations per weight and token (of the output layer: per sampled token) at the rate of a
+large bf16 product.
 Bandwidth and rate are measured in the same run. On a CPU: --device cpu --layers 2 --width 64 --vocabulary 512.
 """
 
@@ -73,7 +74,7 @@ def make_model(options: Options) -> str:
         heads = max(2, options.width // 64)
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
             vocab_size=options.vocabulary, hidden_size=options.width, num_attention_heads=heads,
-            intermediate_size=int(options.width * 5.43), num_hidden_layers=options.layers, num_key_value_heads=2,
+            intermediate_size=options.width * 38 // 7 // 2 * 2, num_hidden_layers=options.layers, num_key_value_heads=2,
             max_position_embeddings=32768, tie_word_embeddings=True))
         Policy(model, tokenizer, "cpu").save(folder)
     return str(folder)
@@ -82,7 +83,7 @@ def make_model(options: Options) -> str:
 @torch.no_grad()
 def decode(policy: Policy, batch: int):
     """Answers of ANSWER tokens to prompts of PROMPT tokens; the seconds of the answers only."""
-    decoder, uniforms = policy.decoder(batch), torch.rand(batch, ANSWER, dtype=torch.double)
+    decoder, uniforms = policy.decoder(batch, batch), torch.rand(batch, ANSWER, dtype=torch.double)
     logits = decoder.feed([[7] * PROMPT] * batch)
     start = None
     for step in range(ANSWER):
@@ -108,23 +109,10 @@ def main(options: Options):
         print(f"{what:28s} {size:6d}  {tokens_per_second:10.0f} tokens/s  {tokens_per_second / limit:6.1%} of "
               f"{limit:.0f}  peak {peak:.1f} GiB", flush=True)
 
-    for compiled in (False, True):
-        policy = load_policy(RunArgs(model=folder, device=options.device, compile=compiled))
-        config, count = policy.model.config, sum(p.numel() for p in policy.model.parameters())
-        per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
-            config.hidden_size // config.num_attention_heads)  # bytes of keys and values
-        for batch in options.batches:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            times = sorted(decode(policy, batch) for _ in range(options.repeats + 2))
-            read = 2 * count + batch * (PROMPT + ANSWER / 2) * per_token
-            report("decode, compiled" if compiled else "decode", batch,
-                   batch * ANSWER / times[options.repeats // 2], batch * bandwidth / read)
-        del policy
-    print(f"{count / 1e6:.0f} million parameters")
-
     for checkpointing in (False, True):
         policy = load_policy(RunArgs(model=folder, device=options.device, gradient_checkpointing=checkpointing))
+        count = sum(p.numel() for p in policy.model.parameters())
+        head = policy.model.lm_head.weight.numel()  # works where a token was sampled only
         optimizer = torch.optim.AdamW(policy.model.parameters(), 1e-6, weight_decay=0)
         for tokens in options.micro_batch_tokens:
             if device.type == "cuda":
@@ -141,8 +129,23 @@ def main(options: Options):
                 optimizer_step(policy.model, optimizer, 1.0)
             used = seconds(step, device, options.repeats)
             report("train, checkpointing" if checkpointing else "train", tokens,
-                   batch["tokens"].numel() / used, rate / (6 * count))
-        del policy, optimizer
+                   batch["tokens"].numel() / used, rate / 6 / (count - head * (1 - ANSWER / ROW)))
+        del step, policy, optimizer
+    print(f"{count / 1e6:.0f} million parameters")
+
+    for compiled in (False, True):
+        policy = load_policy(RunArgs(model=folder, device=options.device, compile=compiled))
+        config, count = policy.model.config, sum(p.numel() for p in policy.model.parameters())
+        per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
+            config.hidden_size // config.num_attention_heads)  # bytes of keys and values
+        for batch in options.batches:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times = sorted(decode(policy, batch) for _ in range(options.repeats + 2))
+            read = 2 * count + batch * (PROMPT + ANSWER / 2) * per_token
+            report("decode, compiled" if compiled else "decode", batch,
+                   batch * ANSWER / times[options.repeats // 2], batch * bandwidth / read)
+        del policy
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
