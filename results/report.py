@@ -17,6 +17,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from envs.twenty_questions import TwentyQuestions, ideal_return
+
 CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with each of the others)
     "ms_grpo": {
         "C1": ("success", "Frozen Lake: which episodes are trained on",
@@ -65,6 +68,14 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
                "question_gspo_6", "question_grpo_6", "question_gspo_1"]),
         "D": ("success", "tool desk: what divides the advantage",
               ["desk_reverse", "desk_no_scale", "desk_group_std"])},
+    "archer": {
+        "A": ("return", "1280 episodes: other scripts",
+              ["guess_archer", "guess_ppo", "guess_ms_grpo", "guess_clone"]),
+        "B": ("return", "1280 episodes: the critic",
+              ["guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
+               "guess_uncentred"]),
+        "C": ("return", "a saved buffer, no episodes",
+              ["offline_iql", "offline_clone", "offline_best"])},
 }
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
@@ -72,6 +83,9 @@ PAIRS = {  # algo: arms that are compared besides, the claim's way
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
                "clip_bias_norm_max", "gradient_scale", "approx_kl", "entropy"]}
+LEVELS = (-11, -10, -9, -8)  # returns that ArCHer's table of episodes asks for
+EPISODES = 64  # in every iteration of these runs
+LEVEL_ARMS = [*CLAIMS["archer"]["A"][2], "guess_ppo_long", *CLAIMS["archer"]["B"][2][1:]]
 LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
     "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
     "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
@@ -119,6 +133,12 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
                "groups_without_signal": ("mean", None), "garbage": ("mean", None),
                "weight_max": ("mean", None)},
+    "archer": {"eval_invalid_actions": ("end", "invalid at the end"),
+               "fresh_tokens": ("mean", "fresh tokens per iteration"),
+               "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
+               "explained_variance": ("end", None), "value_gap": ("end", None),
+               "advantage_mean": ("end", None), "advantage_square": ("end", None),
+               "trained_share": ("mean", None)},
 }
 
 
@@ -137,6 +157,7 @@ def collect(folder: Path, algo: str):
         for row in evals:
             curves.append({"arm": arm, "seed": seed, "iteration": row["iteration"],
                            "generated_tokens": row["generated_tokens"] or 0,
+                           "seconds": row["seconds"],
                            "success": row["eval_success"], "return": row["eval_return"],
                            **{name: row[name] for name in CURVES.get(algo, ())}})
         drift += [{"arm": arm, "seed": seed, "iteration": row["iteration"],
@@ -247,8 +268,8 @@ def claim_table(algo: str, claim: str) -> str:
     values = {arm: {name: column(rows, arm, f"{metric}_{name}")
                     for name in ("start", "end", "area")} for arm in arms}
     heads = {"start": f"{metric} at start", "end": "at the end", "area": "mean over the run"}
-    if algo != "ms_grpo":  # its curves hold no token counts
-        tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
+    tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
+    if algo != "ms_grpo" and tokens:  # its curves hold no token counts; offline runs play nothing
         heads["tokens"] = f"after {tokens / 1000:.0f}k tokens"
         for arm in arms:
             values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
@@ -276,6 +297,40 @@ def claim_table(algo: str, claim: str) -> str:
                 low, high = bootstrap(values[first][name] - values[second][name])
                 parts.append(f"{words} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}")
         lines.append(f"\n`{first}` minus `{second}`: " + "; ".join(parts) + ".")
+    return "\n".join(lines)
+
+
+def episodes_to(points: list[dict[str, str]], level: float) -> list[float] | None:
+    """Episodes, generated tokens and seconds after which a run's return first reached a level and
+    kept it at the next evaluation; without its start (the warm start). None: never."""
+    reached = [float(row["return"]) >= level for row in points]
+    for row, now, later in zip(points, reached, reached[1:], strict=False):
+        if now and later:
+            return [EPISODES * int(row["iteration"]), float(row["generated_tokens"]),
+                    float(row["seconds"]) - float(points[0]["seconds"])]
+    return None
+
+
+def levels_table(algo: str, arms: list[str]) -> str:
+    """What every arm needed for every level, and how far it stayed from ideal play."""
+    curves, ideal = read(ROOT / f"results/{algo}_curves.csv"), ideal_return(TwentyQuestions().table)
+    lines = ["| arm | " + " | ".join(f"return {level}" for level in LEVELS)
+             + f" | return at the end, below ideal play ({ideal:.1f}) | of the way there |",
+             "|---" * (len(LEVELS) + 3) + "|"]
+    for arm in arms:
+        seeds = sorted({row["seed"] for row in curves if row["arm"] == arm}, key=int)
+        runs = [[row for row in curves if row["arm"] == arm and row["seed"] == s] for s in seeds]
+        cells = [f"`{arm}`"]
+        for level in LEVELS:
+            found = [x for x in (episodes_to(run, level) for run in runs) if x]
+            episodes, tokens, seconds = np.mean(found, axis=0) if found else (0, 0, 0)
+            needed = f"{episodes:.0f} episodes, {tokens / 1000:.0f}k tokens, {seconds:.0f} s"
+            cells.append(f"{needed} ({len(found)} of {len(runs)})" if found else "never")
+        start, end = (np.array([float(run[i]["return"]) for run in runs]) for i in (0, -1))
+        way = (end - start) / (ideal - start)
+        cells += [f"{(ideal - end).mean():.2f} ± {(ideal - end).std(ddof=1):.2f}",
+                  f"{way.mean():.2f} ± {way.std(ddof=1):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -341,7 +396,8 @@ def readme_table() -> str:
                                    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
                                    ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
                                    ("st_ppo", "desk_st_ppo", "tool desk (default)"),
-                                   ("seeupo", "desk_reverse", "tool desk (default)")]:
+                                   ("seeupo", "desk_reverse", "tool desk (default)"),
+                                   ("archer", "guess_archer", "twenty questions (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")
         cells = [f"[`{algo}`](docs/{algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
@@ -410,6 +466,7 @@ if __name__ == "__main__":
     for name, arms in LADDERS.items():
         replace_block(ROOT / "docs/st_ppo.md", name, collapse_table("st_ppo", arms))
     drift_figure("st_ppo", CLAIMS["st_ppo"]["B"][2])
+    replace_block(ROOT / "docs/archer.md", "levels", levels_table("archer", LEVEL_ARMS))
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())

@@ -34,6 +34,7 @@ def test_the_results_of_the_readme_are_those_of_the_csv():
     assert block("docs/seeupo.md", "turns") == report.turns_table()
     for name, arms in report.LADDERS.items():
         assert block("docs/st_ppo.md", name) == report.collapse_table("st_ppo", arms)
+    assert block("docs/archer.md", "levels") == report.levels_table("archer", report.LEVEL_ARMS)
 
 
 def test_the_line_counts_of_the_readme_are_right():
@@ -69,6 +70,29 @@ def test_what_a_collapse_is(success, collapsed):
     assert report.is_collapsed(np.array(success)) == collapsed
 
 
+def run_of(*returns, seed="1", arm="a"):
+    """Points of a curve every second iteration, 10 seconds and 1000 tokens apart."""
+    return [{"arm": arm, "seed": seed, "iteration": str(2 * i), "return": str(x), "seconds": str(30 + 10 * i),
+             "generated_tokens": str(1000 * i)} for i, x in enumerate(returns)]
+
+
+def test_a_level_counts_when_the_next_evaluation_keeps_it():
+    points = run_of(-12, -9, -11, -9.5, -9, -8)
+    assert report.episodes_to(points, -10) == [6 * 64, 3000, 30]  # at -9 it was lost again
+    assert report.episodes_to(points, -11) == [2 * 64, 1000, 10]
+    assert report.episodes_to(points, -8) is None and report.episodes_to(points, -7) is None
+
+
+def test_the_table_of_levels_by_hand(monkeypatch):
+    """Two seeds: one reaches -10 after 128 episodes, one never; 6 and 1 of 9 on the way from -11.8 to -2.8."""
+    curves = run_of(-11.8, -9, -5.8) + run_of(-11.8, -11, -10.8, seed="2")
+    monkeypatch.setattr(report, "read", lambda path: curves)
+    row = report.levels_table("archer", ["a"]).splitlines()[2].split(" | ")
+    assert row[1:5] == ["128 episodes, 1k tokens, 10 s (2 of 2)", "128 episodes, 1k tokens, 10 s (1 of 2)",
+                        "128 episodes, 1k tokens, 10 s (1 of 2)", "never"]
+    assert row[5:] == ["5.50 ± 3.54", "0.39 ± 0.39 |"]
+
+
 def test_collecting_runs_by_hand(tmp_path, monkeypatch):
     """Two evaluations 0.2 and 0.6: area 0.4; two optimizer steps an iteration."""
     folder = tmp_path / "runs/toy/arm_a-7/run"
@@ -78,7 +102,7 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
     (folder / "args.json").write_text('{"versions": {"commit": "0123456789abcdef"}}')
     (folder / "metrics.csv").write_text(
         "iteration,eval_success,eval_return,optimizer_steps,drawn_advantage,groups_without_signal,"
-        "generated_tokens\n0,0.2,-1,,,,\n1,,,2,0.5,0.25,70\n2,0.6,1,2,,0.75,100\n")
+        "generated_tokens,seconds\n0,0.2,-1,,,,,9\n1,,,2,0.5,0.25,70,11\n2,0.6,1,2,,0.75,100,14\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setitem(report.EXTRA, "toy", report.EXTRA["ms_grpo"])
     report.collect(tmp_path / "runs", "toy")
