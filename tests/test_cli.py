@@ -107,7 +107,7 @@ def test_help_and_a_short_run_from_a_clean_checkout(tmp_path):
     script = [sys.executable, str(tmp_path / "algos/ms_grpo.py")]
     text = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd="/")
     assert text.returncode == 0 and "--aaw-power" in text.stdout
-    flags = command(**(QUICK | {"print_samples": 1, "run_dir": tmp_path / "runs"}))[2:]
+    flags = command(**(QUICK | {"print_samples": 1, "warm_start_steps": 60, "run_dir": tmp_path / "runs"}))[2:]
     run = subprocess.run([*script, *flags], capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr
     assert "after 0 iterations, held-out seed" in run.stdout and "after 2 iter" in run.stdout

@@ -571,9 +571,9 @@ def recorded(scores=tuple(SCORES), played=tuple(TURNS_PLAYED), silent_turn=None,
         run.steps.append(step)
         return step.metrics
 
-    def keep(self, iteration, episodes, metrics):
+    def keep(self, iteration, episodes, metrics, batch):
         run.logs.append(metrics)
-        log(self, iteration, episodes, metrics)
+        log(self, iteration, episodes, metrics, batch)
 
     settings = {"num_prompts": len(scores) // 3, "group_size": 3, "num_iterations": 2, "temperature": 0.8,
                 "learning_rate": 3e-4, "eval_episodes": 1, "print_samples": 0, "save_every": 9} | flags
@@ -639,7 +639,7 @@ def test_every_step_is_trained_with_the_weights_of_a_dictionary_loop(flags):
                     here = step.batch["turn_id"][row] == turn
                     assert torch.allclose(step.batch["old_logprobs"][row][here], base[e], atol=1e-5)
                     assert step.batch["advantages"][row].tolist() == pytest.approx(
-                        [advantages[e] * running[e]] * len(here), abs=1e-4)
+                        [advantages[e] * running[e] * sampled for sampled in here.tolist()], abs=1e-4)
                 ratios = slow_ratios(run, step.before, base, episodes, turn)
                 drifts.append(np.mean([abs(ratio - 1) for ratio in ratios.values()]))
                 assert step.metrics["ratio_drift"] == pytest.approx(drifts[-1], abs=1e-4)
@@ -682,7 +682,8 @@ def test_together_all_turns_take_one_step_with_plain_advantages(pooling):
     assert [step.turns for step in run.steps] == [[0, 1, 2]] * 4
     assert [log["optimizer_steps"] for log in run.logs] == [2, 2]
     for step in run.steps:
-        assert torch.allclose(step.batch["advantages"][:, 0], advantages.float(), atol=1e-5)
+        expected = advantages[:, None].float() * (step.batch["turn_id"] >= 0)
+        assert torch.allclose(step.batch["advantages"], expected, atol=1e-5)
     assert run.logs[0]["weight_min"] == run.logs[0]["weight_max"] == 1
 
 
