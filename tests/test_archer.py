@@ -574,6 +574,15 @@ def test_the_policy_rests_until_the_warm_up_is_over(tmp_path, monkeypatch):
     assert any(not torch.equal(x, start[name]) for name, x in weights.items())
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_the_target_of_a_run_is_a_network_of_its_own_that_follows(tmp_path, rate):
+    """With a rate of 1 it has caught up after every step, with less it has not."""
+    folder, _, _ = finished(short(tmp_path, target_rate=rate))
+    state = torch.load(folder / "checkpoint/trainer_state.pt", weights_only=True)
+    same = [torch.equal(x, state["target"][name]) for name, x in state["critic"].items()]
+    assert all(same) if rate == 1 else not any(same)
+
+
 def test_the_default_warm_up_is_long_enough_for_the_start_to_be_known(tmp_path):
     args = short(tmp_path, actor_warm_up=None, num_iterations=3, max_turns=3, target_rate=0.9, critic_steps=4)
     _, rows, _ = finished(args)  # 2 * 3 turns / (0.9 * 4 steps) = 1.67 iterations
