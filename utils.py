@@ -70,7 +70,7 @@ class RunArgs:
     resume: str | None = None  # run folder to continue, with the flags it was made with
     track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.csv
     compile: bool = False  # torch.compile the update and, as CUDA graphs, the decoding
-    gradient_checkpointing: bool = False  # less memory in an update, about a third more time
+    gradient_checkpointing: bool = False  # compute layers twice in an update: less memory
     print_samples: int = 1  # transcripts printed at both ends of training; 0: no samples.html
 
 
@@ -198,11 +198,12 @@ class Policy:
     def forward(self, tokens: Tensor, **kwargs) -> Tensor:
         """The logits (B, T or fewer, V), in fp32."""
         decoding = kwargs["use_cache"]
-        model = self.player if decoding else self.model
         for layer in self.checkpointed:  # what is recomputed cannot fill a cache
             layer.training = not decoding
-        if self.compiled is not None and (not decoding or tokens.shape[1] == 1):
-            model = self.decode if decoding else self.compiled
+        model, fast = self.player if decoding else self.model, self.compiled
+        if decoding:  # a prompt, of any length, is not compiled
+            fast = self.decode if tokens.shape[1] == 1 else None
+        model = model if fast is None else fast
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(tokens, **kwargs).logits.float()
 

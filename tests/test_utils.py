@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from conftest import Script, byte_tokenizer, random_model, streams
 from envs.episodes import Episode, Turn, start_episodes
 from utils import (
     Decoder, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate,
-    expand_to_tokens, make_envs, masked_mean, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
+    expand_to_tokens, load_policy, make_envs, masked_mean, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
     token_logprobs, turn_table,
 )
 
@@ -138,6 +139,21 @@ def test_the_static_cache_gives_the_logits_of_the_growing_one(chat_policy, monke
     cached = policy.static_caches[8, 16].layers[0]
     assert cached.keys.dtype == cached.values.dtype == (torch.bfloat16 if bf16 else torch.float32)
     assert len(made) > 3 and made[0] == (8, 16) and {size[0] for size in made} == {8}
+
+
+def test_a_model_with_a_sliding_window_is_compiled_in_updates_only(monkeypatch, tmp_path, chat_policy, started):
+    """A static cache of a window counts in Python numbers: every token would be another graph."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
+    config = transformers.MistralConfig(
+        vocab_size=len(chat_policy.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8192)
+    Policy(transformers.MistralForCausalLM(config), chat_policy.tokenizer, "cpu").save(tmp_path)
+    policy = load_policy(RunArgs(model=str(tmp_path), compile=True))
+    batch = collate(play(policy, started), policy.device)
+    logprobs, _ = token_logprobs(policy, batch, temperature=1.3)
+    assert (logprobs - batch["old_logprobs"]).abs().max() <= 1e-4
+    assert calls == [{"dynamic": True}] and policy.decode is None and not policy.static_caches
 
 
 def test_a_bf16_player_follows_the_fp32_weights(chat_policy):
