@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Regenerates every published number: all runs, then results/*.csv, tables and figures.
-#   ./run_all.sh            everything; about 8 hours on 2 CPU cores. A run that is done is skipped.
+#   ./run_all.sh            everything; about 9 hours on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
 # SEEDS="1 2 3", JOBS=2 (parallel processes with one thread each) and SCRIPTS="igpo tree_grpo" (all by
 # default) may be set from outside.
