@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
-scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer}
+scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer cross}
 claims=runs/claims
 quick=() quick_archer=()
 if [ "${1:-}" = --quick ]; then
@@ -162,6 +162,38 @@ run archer guess_small_buffer "${often[@]}" --replay-turns 500
 run archer guess_one_critic "${often[@]}" --num-critics 1
 run archer guess_monte_carlo "${often[@]}" --value-target monte_carlo
 run archer guess_uncentred "${often[@]}" --no-centre-advantages
+# Cross table: every script in every environment it fits, from the same warm starts, until so many tokens are
+# generated; the better of two learning rates on seed 11; seeds that no setting was chosen on.
+if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-3 4 5}; fi
+cross() {  # cross ENVIRONMENT "SCRIPT=LEARNING_RATE .." FLAGS..
+    local pair flags
+    for pair in $2; do
+        flags=("${@:3}" --learning-rate "${pair#*=}" --num-iterations 2000 --eval-every 2000 --save-every 2000)
+        case ${pair%=*} in
+            ms_grpo) flags+=(--history-turns None) ;;
+            turn_budget) flags+=(--max-turn-tokens 4) ;;  # its thoughts may have 8 more
+            archer) flags+=(--num-prompts 32 --discount 1 --no-bootstrap-truncated) ;;  # the others' objective
+        esac
+        ALGO=${pair%=*} run cross "$1_${pair%=*}" "${flags[@]}"
+    done
+}
+weak=(--warm-start-learning-rate 1e-3 --tiny-init-std 0.02)
+strong=(--warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
+cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${weak[@]}" \
+    --env-id turnrl/FrozenLake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 80000
+cross retry "ms_grpo=2e-4 ufo=2e-4 igpo=2e-4 tree_grpo=2e-4 st_ppo=2e-4 seeupo=1e-4 archer=1e-4" "${weak[@]}" \
+    --env-id turnrl/RetryMath-v0 --max-turns 5 --max-turn-tokens 9 --warm-start-steps 500 --eval-temperature 0.5 \
+    --max-generated-tokens 100000
+cross think "ms_grpo=1.5e-4 turn_budget=1.5e-4 tree_grpo=1.5e-4 st_ppo=1.5e-4 seeupo=1e-4 archer=1e-4" "${weak[@]}" \
+    --env-id turnrl/ThinkSearch-v0 --max-turns 4 --max-turn-tokens 12 --warm-start-steps 500 \
+    --max-generated-tokens 120000
+cross search "ms_grpo=3e-4 igpo=5e-4 tree_grpo=5e-4 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${weak[@]}" \
+    --env-id turnrl/SearchQA-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 90000
+cross desk "ms_grpo=1e-3 igpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=1e-4 archer=3e-4" "${strong[@]}" \
+    --env-id turnrl/ToolDesk-v0 --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 30000
+cross guess "ms_grpo=1e-4 igpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=1e-4 archer=1e-4" "${strong[@]}" \
+    --env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150 \
+    --max-generated-tokens 80000
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

@@ -83,6 +83,9 @@ PAIRS = {  # algo: arms that are compared besides, the claim's way
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
                "clip_bias_norm_max", "gradient_scale", "approx_kl", "entropy"]}
+CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
+    "lake": "Frozen Lake", "retry": "retry math", "think": "think search", "search": "search",
+    "desk": "tool desk", "guess": "twenty questions"}
 LEVELS = (-11, -10, -9, -8)  # returns that ArCHer's table of episodes asks for
 EPISODES = 64  # in every iteration of these runs
 LEVEL_ARMS = [*CLAIMS["archer"]["A"][2], "guess_ppo_long", *CLAIMS["archer"]["B"][2][1:]]
@@ -166,16 +169,18 @@ def collect(folder: Path, algo: str):
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
         extra = {}
-        for name, (when, _) in EXTRA[algo].items():
+        for name, (when, _) in EXTRA.get(algo, {}).items():
             values = [float(row[name]) for row in metrics[1:] if row.get(name)]
             last = values[-1:] if name.startswith("eval_") else values[-10:]
             extra[name] = np.mean((values if when == "mean" else last) or [0.0])
-        versions = json.loads((summary.parent / "args.json").read_text())["versions"]
+        args = json.loads((summary.parent / "args.json").read_text())
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
-                     **extra, "commit": versions["commit"][:10]})
+                     **extra, "commit": args["versions"]["commit"][:10]})
+        if algo == "cross":  # two evaluations are no curve
+            rows[-1]["learning_rate"] = args["learning_rate"]
     for name, table in ((algo, rows), (f"{algo}_curves", curves), (f"{algo}_drift", drift)):
-        if table:
+        if table and name != "cross_curves":
             with open(ROOT / f"results/{name}.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, list(table[0]))
                 writer.writeheader()
@@ -388,7 +393,7 @@ def replace_block(path: Path, name: str, text: str):
 
 def readme_table() -> str:
     lines = ["| script | environment | seeds | success: start | end | return: start | end "
-             "| seconds |", "|---|---|---|---|---|---|---|---|"]
+             "| minutes |", "|---|---|---|---|---|---|---|---|"]
     for algo, arm, environment in [("ms_grpo", "lake_aaw", "Frozen Lake (default)"),
                                    ("ms_grpo", "snake_episode", "Snake"),
                                    ("ufo", "retry_turns5", "retry math (default)"),
@@ -403,8 +408,31 @@ def readme_table() -> str:
         for name in ("success_start", "success_end", "return_start", "return_end"):
             values = column(rows, arm, name)
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1):.3f}")
-        cells.append(f"{column(rows, arm, 'seconds').mean():.0f}")
+        cells.append(f"{column(rows, arm, 'seconds').mean() / 60:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cross_table() -> str:
+    """Success at the end of every script in every environment it fits; results/cross.csv."""
+    rows = read(ROOT / "results/cross.csv")
+    found = {environment: {row["arm"].removeprefix(f"{environment}_"): row["arm"] for row in rows
+                           if row["arm"].startswith(f"{environment}_")} for environment in CROSS}
+    lines = ["| success at the end | " + " | ".join(CROSS.values()) + " |",
+             "|---" * (1 + len(CROSS)) + "|"]
+
+    def cell(environment: str, algo: str, name: str) -> str:
+        if algo not in found[environment]:
+            return "–"
+        values = column(rows, found[environment][algo], name)
+        return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+    tokens = [np.mean([float(row["generated_tokens"]) for row in rows
+                       if row["arm"] in arms.values()]) for arms in found.values()]
+    lines.append("| generated tokens | " + " | ".join(f"{x / 1000:.0f}k" for x in tokens) + " |")
+    for label, algo, name in [("warm start", "ms_grpo", "success_start"),
+                              *((f"`{algo}`", algo, "success_end") for algo in CLAIMS)]:
+        lines.append(f"| {label} | " + " | ".join(cell(x, algo, name) for x in CROSS) + " |")
     return "\n".join(lines)
 
 
@@ -470,4 +498,6 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
+    collect(runs, "cross")
     replace_block(ROOT / "README.md", "results", readme_table())
+    replace_block(ROOT / "README.md", "cross", cross_table())

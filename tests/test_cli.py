@@ -525,43 +525,43 @@ def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):
 # --- several processes ---------------------------------------------------------------------------
 
 
-def torchrun(script, **flags):
-    """The finished process of a script on two processes, one thread each."""
+def torchrun(*command):
+    """A finished command on two processes, one thread each."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *command(script=script, **flags)[1:]], capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
+        capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path):
-    run = torchrun("ms_grpo", **QUICK | {"env_id": "words:tests/FailsOnOneRank-v0", "env_kwargs": "{}",
-                                         "run_dir": tmp_path / "runs"})
+    run = torchrun(*command(**QUICK | {"env_id": "words:tests/FailsOnOneRank-v0", "env_kwargs": "{}",
+                                       "run_dir": tmp_path / "runs"})[1:])
     assert run.returncode != 0 and "error: environment FailsOnOneRank, seed" in run.stderr
     assert "out of apples" in run.stderr and not (only_run(tmp_path) / "summary.json").exists()
     [line] = open(only_run(tmp_path) / "samples.jsonl")
     assert json.loads(line)["iteration"] == "fault"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_give_the_parameters_of_one(tmp_path, script):
-    """Same episodes, same draws, same steps; sums of floats in another order: 1e-5."""
-    flags = QUICK | {"num_prompts": 4, "group_size": 4, "num_iterations": 3, "warm_start_steps": 60,
-                     "entropy_coefficient": 0.01} | FEW_STEPS.get(script, {})
-    if script != "ms_grpo":
-        flags |= {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
-    module = importlib.import_module(f"algos.{script}")
-    flags = {name: value for name, value in flags.items()
-             if hasattr(module.Args, name) or name not in NOT_ALL_HAVE}
-    module.main(module.Args(**flags, run_dir=str(tmp_path / "one/runs")))
-    run = torchrun(script, **flags, run_dir=tmp_path / "two/runs")
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    """Same episodes, same draws, same steps; sums of floats in another order: 1e-5. Every script, in one launch."""
+    flags = {script: vars(quick(
+        tmp_path / script / "two", script, num_prompts=4, group_size=4, num_iterations=3, warm_start_steps=60,
+        entropy_coefficient=0.01, **({"env_id": "words:tests/Words-v0"} if script != "ms_grpo" else {})))
+        for script in SCRIPTS}
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    for script in SCRIPTS:
+        module = importlib.import_module(f"algos.{script}")
+        module.main(module.Args(**flags[script] | {"run_dir": str(tmp_path / script / "one/runs")}))
+    run = torchrun(ROOT / "tests/every_script.py", tmp_path / "flags.json")
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("success") == 5, "one process speaks: 4 evaluations and a summary"
-    one, two = only_run(tmp_path / "one"), only_run(tmp_path / "two")
-    for name, weight in weights(one).items():
-        assert torch.allclose(weight, weights(two)[name], atol=1e-5), name
-    rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
-    assert any(float(row.get("grad_norm") or 0) > 0 for row in rows[0]), "something was learned"
-    for first, second in zip(*rows, strict=True):
-        for name in first.keys() - {"seconds", "probe_share"}:
-            if first[name]:
-                assert float(first[name]) == pytest.approx(float(second[name]), abs=1e-4), name
+    assert run.stdout.count("success") == 5 * len(SCRIPTS), "one process speaks: 4 evaluations and a summary"
+    for script in SCRIPTS:
+        one, two = only_run(tmp_path / script / "one"), only_run(tmp_path / script / "two")
+        for name, weight in weights(one).items():
+            assert torch.allclose(weight, weights(two)[name], atol=1e-5), (script, name)
+        rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
+        assert any(float(row.get("grad_norm") or 0) > 0 for row in rows[0]), f"{script} learned something"
+        for first, second in zip(*rows, strict=True):
+            for name in first.keys() - {"seconds", "probe_share"}:
+                if first[name]:
+                    assert float(first[name]) == pytest.approx(float(second[name]), abs=1e-4), (script, name)

@@ -29,6 +29,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
 
 def test_the_results_of_the_readme_are_those_of_the_csv():
     assert block("README.md", "results") == report.readme_table()
+    assert block("README.md", "cross") == report.cross_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
     assert block("docs/seeupo.md", "turns") == report.turns_table()
@@ -68,6 +69,22 @@ def test_bootstrap_and_verdict():
     ([0.4, 0.4, 0.3, 0.3, 0.3, 0.2, 0.3], True), ([0.0, 0.0, 0.0, 0.0], False)])
 def test_what_a_collapse_is(success, collapsed):
     assert report.is_collapsed(np.array(success)) == collapsed
+
+
+def test_the_cross_table_by_hand(monkeypatch):
+    """Means and deviations of two seeds; a dash where a script has no arm."""
+    rows = [{"arm": arm, "seed": seed, "success_start": "0.1", "success_end": end, "generated_tokens": tokens}
+            for arm, seed, end, tokens in [("lake_ms_grpo", "3", "0.2", "80400"), ("lake_ms_grpo", "4", "0.4", "81600"),
+                                           ("desk_ms_grpo", "3", "0.5", "30000"), ("desk_ms_grpo", "4", "0.5", "30000"),
+                                           ("desk_igpo", "3", "1", "33000"), ("desk_igpo", "4", "0.9", "33000")]]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    monkeypatch.setattr(report, "CROSS", {"lake": "Frozen Lake", "desk": "tool desk"})
+    lines = report.cross_table().splitlines()
+    assert lines[0] == "| success at the end | Frozen Lake | tool desk |"
+    assert lines[2] == "| generated tokens | 81k | 32k |"
+    assert lines[3] == "| warm start | 0.10 ± 0.00 | 0.10 ± 0.00 |"
+    assert "| `ms_grpo` | 0.30 ± 0.14 | 0.50 ± 0.00 |" in lines and "| `igpo` | – | 0.95 ± 0.07 |" in lines
+    assert "| `archer` | – | – |" in lines and len(lines) == 4 + len(report.CLAIMS)
 
 
 def run_of(*returns, seed="1", arm="a"):
