@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Regenerates every published number: all runs, then results/*.csv, tables and figures.
+# All runs, then results/<script>.csv, and all tables and figures. (The other results/*.csv: tests/benchmarks,
+# docs/figures/credit.png: results/credit.py.)
 #   ./run_all.sh            everything; about 9 hours on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
-# SEEDS="1 2 3", JOBS=2 (parallel processes with one thread each) and SCRIPTS="igpo tree_grpo" (all by
-# default) may be set from outside.
+# SEEDS="1 2 3" (of all claims), JOBS=2 (parallel processes with one thread each; default: the cores) and
+# SCRIPTS="igpo tree_grpo" (all by default) may be set from outside.
 set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
@@ -149,7 +150,8 @@ ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 5 --num-iteration
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done  # the buffers of guess_archer are there
 all=$seeds
 for seeds in $all; do
-    buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*" | grep __archer__) || true
+    buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*/summary.json" | head -n 1) || true
+    buffer=${buffer%/summary.json}
     # 60 policy steps each, iql's after its warm-up of 8 iterations
     offline=(--offline "$buffer" --eval-every 4 --learning-rate 1e-4 --num-iterations 20)
     run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted \
@@ -172,28 +174,29 @@ cross() {  # cross ENVIRONMENT "SCRIPT=LEARNING_RATE .." FLAGS..
         case ${pair%=*} in
             ms_grpo) flags+=(--history-turns None) ;;
             turn_budget) flags+=(--max-turn-tokens 4) ;;  # its thoughts may have 8 more
-            archer) flags+=(--num-prompts 32 --discount 1 --no-bootstrap-truncated) ;;  # the others' objective
+            archer)  # the objective of the others, and a critic that learns enough
+                flags+=(--num-prompts 32 --discount 1 --no-bootstrap-truncated --critic-steps 40 --actor-warm-up 5) ;;
         esac
         ALGO=${pair%=*} run cross "$1_${pair%=*}" "${flags[@]}"
     done
 }
 weak=(--warm-start-learning-rate 1e-3 --tiny-init-std 0.02)
 strong=(--warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
-cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${weak[@]}" \
-    --env-id turnrl/FrozenLake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 80000
-cross retry "ms_grpo=2e-4 ufo=2e-4 igpo=2e-4 tree_grpo=2e-4 st_ppo=2e-4 seeupo=1e-4 archer=1e-4" "${weak[@]}" \
+cross desk "ms_grpo=3e-4 igpo=1e-4 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${strong[@]}" \
+    --env-id turnrl/ToolDesk-v0 --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 30000
+cross search "ms_grpo=3e-4 igpo=3e-4 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${weak[@]}" \
+    --env-id turnrl/SearchQA-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 90000
+cross retry "ms_grpo=1e-4 ufo=2e-4 igpo=3e-4 tree_grpo=1e-4 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${weak[@]}" \
     --env-id turnrl/RetryMath-v0 --max-turns 5 --max-turn-tokens 9 --warm-start-steps 500 --eval-temperature 0.5 \
     --max-generated-tokens 100000
-cross think "ms_grpo=1.5e-4 turn_budget=1.5e-4 tree_grpo=1.5e-4 st_ppo=1.5e-4 seeupo=1e-4 archer=1e-4" "${weak[@]}" \
+cross think "ms_grpo=1e-4 turn_budget=1.5e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=1e-4 archer=1e-4" "${weak[@]}" \
     --env-id turnrl/ThinkSearch-v0 --max-turns 4 --max-turn-tokens 12 --warm-start-steps 500 \
     --max-generated-tokens 120000
-cross search "ms_grpo=3e-4 igpo=5e-4 tree_grpo=5e-4 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${weak[@]}" \
-    --env-id turnrl/SearchQA-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 90000
-cross desk "ms_grpo=1e-3 igpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=1e-4 archer=3e-4" "${strong[@]}" \
-    --env-id turnrl/ToolDesk-v0 --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 30000
 cross guess "ms_grpo=1e-4 igpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=1e-4 archer=1e-4" "${strong[@]}" \
     --env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150 \
     --max-generated-tokens 80000
+cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${strong[@]}" \
+    --env-id turnrl/FrozenLake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
 
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

@@ -4,6 +4,7 @@ Nothing here is needed to understand an algorithm: a script calls run.restore on
 run.iterations, calls run.log in every iteration and run.finish at the end.
 """
 
+import contextlib
 import csv
 import dataclasses
 import html
@@ -142,8 +143,10 @@ class Run:
         self.eval_envs = make_envs(args, min(args.eval_episodes, 256), evaluation=True)
         if rank() == 0 and not args.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                    capture_output=True, text=True).stdout.strip()
+            commit = ""
+            with contextlib.suppress(OSError):  # no git here
+                commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                        capture_output=True, text=True).stdout.strip()
             versions = {"python": platform.python_version(), "torch": torch.__version__,
                         "transformers": transformers.__version__, "gymnasium": gym.__version__}
             record = {"algo": algo, "args": dataclasses.asdict(args), "versions": versions}
@@ -255,6 +258,8 @@ class Run:
             if (done % args.save_every == 0 or last or stopping) and rank() == 0:
                 self.save(policy, **state)
             if stopping:
+                if world_size() > 1:
+                    dist.barrier()  # a rank that leaves first would have the others killed
                 if rank() == 0:
                     print(f"stopped; continue with --resume {self.folder}", file=sys.stderr)
                 raise SystemExit(128 + stopping)
@@ -283,8 +288,8 @@ class Run:
         self.write({f"train_{name}": value for name, value in train.items()} | metrics)
         speed = self.totals["generated_tokens"] / (time.perf_counter() - self.clock)
         self.progress.set_postfix_str(
-            f"success {train['success']:.2f}, return {train['return']:.2f}, "
-            f"kl {metrics.get('approx_kl', 0):.4f}, {speed:.0f} tokens/s", refresh=False)
+            f"success {train.get('success', math.nan):.2f}, return "
+            f"{train.get('return', math.nan):.2f}, {speed:.0f} tokens/s", refresh=False)
 
         wanted = self.writes and self.args.print_samples and batch is not None
         if wanted and len(batch["tokens"]) and (not self.shown or self.is_last(iteration + 1)):
@@ -349,6 +354,8 @@ class Run:
     def finish(self) -> dict[str, float]:
         """Write summary.json and curve.png; the summary."""
         evals = [row for row in self.rows if "eval_success" in row]
+        if self.args.eval_only:  # earlier ones may have had another temperature
+            evals = evals[-1:]
         summary = {f"{name}_{when}": float(row[f"eval_{name}"]) for name in ("success", "return")
                    for when, row in (("start", evals[0]), ("end", evals[-1]))}
         summary |= {"iterations": int(evals[-1]["iteration"]), **self.totals,
@@ -367,7 +374,8 @@ class Run:
         for axis, name in zip(figure.subplots(1, 2), ("success", "return"), strict=True):
             for rows, kind, style in ((self.rows[1:], "train", "C7-"), (evals, "eval", "C0o-")):
                 axis.plot([int(row["iteration"]) for row in rows],
-                          [float(row[f"{kind}_{name}"]) for row in rows], style, label=kind)
+                          [float(row.get(f"{kind}_{name}", "nan")) for row in rows],
+                          style, label=kind)
             axis.set(xlabel="iteration", ylabel=name)
         axis.legend()
         figure.suptitle(self.folder.name, fontsize=9)

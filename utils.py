@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -146,6 +147,8 @@ class Policy:
         self.compiles, self.compiled, self.decode = False, None, None  # updates, one token
         self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
         self.context_length = model.config.max_position_embeddings
+        layers = transformers.DynamicCache(config=model.config).layers
+        self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
 
         def render(*messages: tuple[str, str]) -> str:
             chat = [{"role": role, "content": content} for role, content in messages]
@@ -225,8 +228,7 @@ class Policy:
             self.player = copy.deepcopy(self.model) if self.bf16 else self.model
             for weight in self.player.parameters() if self.bf16 else ():  # buffers stay fp32
                 weight.data = weight.data.to(torch.bfloat16)
-            layers = transformers.DynamicCache(config=self.model.config).layers
-            if self.compiles and all(type(layer) is DynamicLayer for layer in layers):
+            if self.compiles and not self.windowed:
                 self.decode = torch.compile(self.player, dynamic=False, mode="reduce-overhead")
         if self.player is not self.model:
             for old, new in zip(self.player.parameters(), self.model.parameters(), strict=True):
@@ -254,7 +256,8 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         policy = Policy(model, tokenizer, args.device,
-                        "" if tiny else getattr(env.unwrapped, "instructions", ""),
+                        "" if tokenizer.chat_template == TINY_TEMPLATE
+                        else getattr(env.unwrapped, "instructions", ""),
                         bf16=args.device.startswith("cuda") and not tiny)
     except Exception as error:  # transformers, safetensors and jinja each have their own
         stop(f"--model {args.model} cannot be loaded: {reason(error)}")
@@ -295,7 +298,8 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
     determined_by = [texts, history_turns, args.seed, args.warm_start_steps, args.max_grad_norm,
                      WARM_START_ROWS, args.warm_start_learning_rate, args.tiny_init_std,
-                     TINY_TEMPLATE, torch.__version__, transformers.__version__]
+                     TINY_TEMPLATE, inspect.getsource(make_tiny), inspect.getsource(warm_start),
+                     torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
     folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
@@ -513,8 +517,8 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
         if not rows:
             return episodes
         dropped, live = len(live) - len(rows), [live[row] for row in rows]
-        # 2. feed them: to the cache that holds the history, or to a new one
-        if decoder is None or history_turns is not None:
+        # 2. feed them: to the cache that holds the history, or to a new one (a window counts holes)
+        if decoder is None or history_turns is not None or policy.windowed:
             decoder = policy.decoder(len(live), len(episodes))
             pending = [prompts[i][0] if prompts[i][1] else episodes[i].row() + prompts[i][0]
                        for i in live]
@@ -571,7 +575,7 @@ def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration
                        max_turns=args.max_turns, temperature=args.temperature,
                        history_turns=history_turns,
                        **{"max_turn_tokens": args.max_turn_tokens, **budget})
-    if not any(e.turns for e in episodes):
+    if not all_reduce_sum(torch.tensor(sum(len(e.turns) for e in episodes))):
         stop(f"no prompt leaves room to answer in the model's context of {policy.context_length} "
              "tokens")
     refresh_logprobs(policy, episodes, args)
@@ -713,7 +717,7 @@ def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max
 
 # === 8. Evaluation ===============================================================================
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """Means over the episodes, or turns, of all processes."""
+    """Means over the episodes, or turns, of all processes, if there are any."""
     turns = [turn for episode in episodes for turn in episode.turns]
     values = {
         "success": [e.success for e in episodes], "return": [e.total_reward for e in episodes],
@@ -722,8 +726,8 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
         "tokens_per_turn": [turn.num_sampled for turn in turns],
         "invalid_actions": [turn.info.get("invalid_action", False) for turn in turns]}
     sums = torch.tensor([[sum(x), len(x)] for x in values.values()], dtype=torch.double)
-    totals, counts = all_reduce_sum(sums).T
-    return dict(zip(values, (totals / counts.clamp(min=1)).tolist(), strict=True))
+    return {name: total / count for name, (total, count) in zip(
+        values, all_reduce_sum(sums).tolist(), strict=True) if count}
 
 
 def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,

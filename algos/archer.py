@@ -95,7 +95,7 @@ class Args(RunArgs):
     critic_batch_turns: int = 32  # turns per critic step; Q learns at all turns of their episodes
     actor_steps: int = 3  # optimizer steps of the policy per iteration
     actor_batch_turns: int = 128  # turns per policy step
-    actor_warm_up: int | None = None  # iterations without policy steps; default 2 K / tau steps
+    actor_warm_up: int | None = None  # iterations before the first; default: 2 K / tau critic steps
     replay_turns: int = 100000  # size of the buffer, the oldest turns are dropped
     bootstrap_truncated: bool = True  # a time limit does not end the return of Eq. 1
     centre_advantages: bool = True  # take their mean over the policy step off, D6
@@ -232,13 +232,13 @@ def turn_values(critic: TurnCritic, batch: dict[str, Tensor], args: Args) -> tup
     return values[0], values[1]
 
 
-def rows_of(policy: Policy, episodes: list[Episode], args: Args) -> list[dict]:
+def rows_of(policy: Policy, episodes: list[Episode]) -> list[dict]:
     """Every episode as a row of tokens, with where its answers start and end. One that a time limit
     cut has another state at its end, and an empty answer."""
     rows = []
     for e in [e for e in episodes if e.turns]:
         turns = [(turn.prompt_ids, turn.token_ids, float(turn.reward)) for turn in e.turns]
-        if args.bootstrap_truncated and not (e.terminated or e.overflowed):
+        if not (e.terminated or e.overflowed):
             turns.append((policy.prompt(e, None)[0], [], 0.0))
         row = {"tokens": [], "starts": [], "ends": [], "rewards": [], "turns": len(e.turns)}
         for state, answer, reward in turns:
@@ -264,7 +264,8 @@ def pad_rows(rows: list[dict], args: Args, device: torch.device) -> dict[str, Te
     turn, at = torch.arange(starts.shape[1]), torch.arange(tokens.shape[1])
     inside = (at >= starts[:, :, None]) & (at < ends[:, :, None])  # (B, K, T)
     played = ends > starts
-    last = [row["turns"] - 1 if len(row["ends"]) == row["turns"] else -1 for row in rows]
+    last = [row["turns"] - 1 if len(row["ends"]) == row["turns"] or not args.bootstrap_truncated
+            else -1 for row in rows]
     batch = {"tokens": tokens, "turn_id": (inside * (turn + 1)[:, None]).sum(1) - 1,
              "lengths": torch.tensor([len(row["tokens"]) for row in rows]), "starts": starts,
              "played": played, "rewards": rewards, "done": turn == torch.tensor(last)[:, None],
@@ -302,7 +303,7 @@ def saved_buffer(run_folder: str, policy: Policy) -> dict:
     """The state of the buffer that a run left, if its tokens are those of this policy."""
     try:
         folder = Path(run_folder) / "checkpoint"
-        saved = torch.load(folder / "trainer_state.pt", weights_only=True)["buffer"]
+        saved = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)["buffer"]
         words = AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:  # torch and pickle each have their own
         stop(f"--offline {run_folder}: no checkpoint of this script ({reason(error)})")
@@ -406,7 +407,8 @@ def update(policy: Policy, baseline: TurnCritic | None, optimizer: torch.optim.O
 # === 7. Main =====================================================================================
 def main(args: Args) -> dict[str, float]:
     cloning = args.actor_loss == "filtered_clone"
-    if args.target_rate > 1 or args.discount > 1 or args.expectile >= 1 or args.keep_quantile > 1:
+    if (not 0 < args.target_rate <= 1 or args.discount > 1 or args.expectile >= 1
+            or args.keep_quantile > 1):
         stop("--target-rate, --discount, --expectile and --keep-quantile are shares, at most 1")
     if args.token_baseline and args.actor_loss != "policy_gradient":
         stop("--token-baseline needs --actor-loss policy_gradient")
@@ -450,7 +452,7 @@ def main(args: Args) -> dict[str, float]:
         for iteration in run.iterations(policy, evaluation, **state):
             # 1. collect num_prompts groups of group_size episodes for the buffer
             episodes = [] if args.offline else collect_groups(policy, envs, args, iteration)
-            buffer.push(gather_list(rows_of(policy, episodes, args)), args.replay_turns)
+            buffer.push(gather_list(rows_of(policy, episodes)), args.replay_turns)
             turns = [(row, k) for row in buffer for k in range(row["turns"])]
             updates, actor_updates, fresh_tokens = [], [], 0
 

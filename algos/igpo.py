@@ -66,7 +66,7 @@ class Args(RunArgs):
     learning_rate: float = 5e-4  # of AdamW, constant
 
     # Algorithm specific arguments
-    reward_source: Literal["both", "outcome", "information_gain"] = "both"  # r in Eq. 5 is made of
+    reward_source: Literal["both", "outcome", "information_gain"] = "both"  # parts of r in Eq. 5
     belief: Literal["log_prob", "prob"] = "log_prob"  # b in Eq. 2: of paper v2, or of v1
     normalization: Literal["separate", "joint"] = "separate"  # of gains and outcomes, Eq. 4
     degrees_of_freedom: int = 0  # of the std in Eq. 4: 0 population, 1 unbiased
@@ -340,6 +340,8 @@ def probe_beliefs(policy: Policy, episodes: list[Episode], template: str, args: 
             boundaries.append(part)
             wrapped.append(ids)
             golds.append(torch.tensor(gold, device=policy.device))
+    if not contexts:  # no episode of this process has a turn
+        return torch.zeros(0, device=policy.device)
     logprobs = answer_logprobs(policy, contexts, boundaries, wrapped, args)
     return torch.cat([belief(values, gold.expand_as(values), args.belief)
                       for values, gold in zip(logprobs, golds, strict=True)])

@@ -62,7 +62,7 @@ class Args(RunArgs):
     replacement: bool = True  # draw with replacement (Eq. 5)
     scale: Literal["group_std", "none"] = "group_std"  # divide by the group's std (Eq. 2) or not
     degrees_of_freedom: int = 1  # of that std: 1 unbiased, 0 population
-    credit: Literal["episode", "return_to_go", "step"] = "episode"  # Eq. 3, or a control
+    credit: Literal["episode", "return_to_go", "step"] = "episode"  # of a turn: Eq. 3, or a control
     aggregation: Literal["token_mean", "turn_mean", "episode_mean"] = "token_mean"  # mean in Eq. 4
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 4
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 4

@@ -335,7 +335,8 @@ def main(args: Args) -> dict[str, float]:
 
             # 4. update: one step per turn, and the weights for the next one
             updates, running = [], torch.ones_like(advantages)  # (E,) M / A
-            longest = all_gather(batch["turn_id"].amax()[None] + 1).amax().item()
+            turns_here = torch.tensor([max(len(e.turns) for e in episodes)])
+            longest = all_gather(turns_here).amax().item()
             credit = torch.zeros(len(episodes), longest, device=policy.device)  # (E, K) M
             rng = random_stream(args.seed, DRAW, iteration)
             for turns in turn_order(longest, args.order, rng):

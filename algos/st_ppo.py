@@ -281,12 +281,13 @@ def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor
 def after_truncation(policy: Policy, episodes: list[Episode]) -> list[Episode]:
     """For every episode a row that ends in one made-up token after the prompt of its next turn.
 
-    The critic's value there is what going on is worth. An episode that was not truncated gets
+    The critic's value there is what going on is worth. An episode that no time limit cut gets
     the token alone: its value is 0.
     """
     rows = []
     for e in episodes:
-        ids = e.row() + policy.prompt(e, None)[0] if e.truncated else []
+        goes_on = e.truncated and not e.overflowed  # a full context has no next prompt
+        ids = e.row() + policy.prompt(e, None)[0] if goes_on else []
         turn = Turn("", "", prompt_ids=ids[: policy.context_length - 1],
                     token_ids=[policy.end_id], logprobs=[0.0])
         rows.append(Episode(e.seed, "", turns=[turn]))

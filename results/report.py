@@ -279,12 +279,12 @@ def claim_table(algo: str, claim: str) -> str:
         for arm in arms:
             values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
     extra = {name: head for name, (_, head) in EXTRA[algo].items() if head}
-    names = ["arm", "seeds", *heads.values(), f"end minus {arms[0]}: mean [95 %]", *extra.values(),
-             "optimizer steps", "generated tokens", "seconds"]
+    names = ["arm", "seeds", *heads.values(), f"{arms[0]} minus this at the end [95 %]",
+             *extra.values(), "optimizer steps", "generated tokens", "seconds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for arm in arms:
         against = "" if arm == arms[0] else "{:+.3f} [{:+.3f}, {:+.3f}]".format(
-            *(lambda d: (d.mean(), *bootstrap(d)))(values[arm]["end"] - values[arms[0]]["end"]))
+            *(lambda d: (d.mean(), *bootstrap(d)))(values[arms[0]]["end"] - values[arm]["end"]))
         cells = [f"`{arm}`", str(len(values[arm]["end"])),
                  *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in map(values[arm].get, heads)),
                  against, *(f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"

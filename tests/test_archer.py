@@ -243,7 +243,7 @@ def policy() -> Policy:
 
 @pytest.fixture
 def rows(policy) -> list[dict]:
-    return rows_of(policy, played(policy), Args())
+    return rows_of(policy, played(policy))
 
 
 def texts(policy, row) -> list[tuple[str, str]]:
@@ -274,9 +274,9 @@ def test_what_ends_the_bootstrap(policy, flags, overflowed, goes_on):
     """A limit of time goes on unless told otherwise; a full context has no next prompt."""
     episodes = played(policy)
     episodes[1].overflowed = overflowed
-    row = rows_of(policy, episodes, Args(**flags))[1]
-    assert (len(row["ends"]) == 4) == goes_on and row["turns"] == 3
-    assert pad_rows([row], Args(), CPU)["done"][0, :3].tolist() == [False, False, not goes_on]
+    row = rows_of(policy, episodes)[1]
+    assert (len(row["ends"]) == 4) != overflowed and row["turns"] == 3
+    assert pad_rows([row], Args(**flags), CPU)["done"][0, :3].tolist() == [False, False, not goes_on]
 
 
 def test_a_batch_by_hand(policy, rows):
@@ -303,7 +303,7 @@ def test_one_turn_is_its_state_and_its_answer(policy, rows):
 
 
 def test_an_episode_without_a_turn_is_left_out(policy):
-    assert rows_of(policy, [Episode(0, "too long", overflowed=True)], Args()) == []
+    assert rows_of(policy, [Episode(0, "too long", overflowed=True)]) == []
 
 
 def test_the_oldest_episodes_make_room(rows):
@@ -424,7 +424,7 @@ def test_fresh_answers_are_those_of_a_rollout_from_the_same_state(policy, rows, 
         assert fresh["lengths"][i] == length and fresh["tokens"][i, :length].tolist() == state + answer
         assert (fresh["turn_id"][i] >= 0).nonzero()[:, 0].tolist() == list(range(len(state), length))
         assert fresh["starts"][i].tolist() == [len(state)]
-    assert rows[1]["tokens"] == rows_of(policy, played(policy), Args())[1]["tokens"], "the buffer is as it was"
+    assert rows[1]["tokens"] == rows_of(policy, played(policy))[1]["tokens"], "the buffer is as it was"
 
 
 def test_an_answer_ends_with_its_end_token_or_at_the_cap(policy, rows, monkeypatch):
@@ -612,7 +612,8 @@ def test_a_saved_buffer_is_trained_on_without_playing(tmp_path, capsys):
         args = short(tmp_path / str(number), offline=str(folder), **flags)
         start = load_policy(args).model.state_dict()
         _, rows, weights = finished(args)
-        assert rows[-1]["environment_steps"] == "0" and {row["buffer_turns"] for row in rows[1:]} == {turns}
+        assert rows[-1]["environment_steps"] == "0" and rows[-1]["train_success"] == ""
+        assert {row["buffer_turns"] for row in rows[1:]} == {turns}
         assert any(not torch.equal(x, start[name]) for name, x in weights.items())
         assert (rows[-1]["critic_steps"] == "0") == (flags.get("actor_loss") == "filtered_clone")
     with pytest.raises(SystemExit):

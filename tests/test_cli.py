@@ -22,7 +22,7 @@ import tyro
 
 import run_folder
 import utils
-from algos import ms_grpo
+from algos import archer, ms_grpo
 from conftest import ROOT
 from envs.episodes import EnvironmentFault
 from envs.text_env import TextEnv
@@ -513,6 +513,28 @@ def test_a_non_finite_gradient_stops_before_the_step(capsys):
     (model(torch.ones(2)) * float("nan")).sum().backward()
     fails(capsys, "gradient norm is nan", call=lambda: utils.optimizer_step(model, optimizer, 1.0))
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_a_folder_without_git_trains_too(tmp_path, monkeypatch):
+    def nothing(*args, **kwargs):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(subprocess, "run", nothing)
+    run = run_folder.Run(quick(tmp_path), "ms_grpo")
+    assert json.loads((run.folder / "args.json").read_text())["versions"]["commit"] == ""
+
+
+def test_a_tiny_checkpoint_given_as_model_gets_the_prompts_it_knows(tmp_path):
+    """Its warm start has seen no rules; a chat model reads them first."""
+    args = quick(tmp_path, env_id="turnrl/ToolDesk-v0", env_kwargs="{}")
+    policy = utils.load_policy(args)
+    policy.save(tmp_path / "tiny")
+    again = utils.load_policy(dataclasses.replace(args, model=str(tmp_path / "tiny")))
+    assert (again.head, again.tail) == (policy.head, policy.tail)
+
+
+@pytest.mark.parametrize("flags", [{"target_rate": 0.0}, {"target_rate": 1.5}, {"discount": 1.1}])
+def test_a_share_above_1_or_a_critic_that_never_follows_is_refused(tmp_path, capsys, flags):
+    fails(capsys, "are shares", call=lambda: archer.main(quick(tmp_path, "archer", **flags)))
 
 
 def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):

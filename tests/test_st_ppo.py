@@ -599,8 +599,8 @@ def run(tmp_path, **flags):
 
 def slow_advantages(episode, critic, args):
     """Eq. 8 of one episode: advantages and returns of its sampled tokens, in plain Python."""
-    going_on = args.bootstrap_truncated and episode.truncated
-    ids = episode.row() + (critic.policy.prompt(episode, None)[0] if going_on else [])
+    going_on = args.bootstrap_truncated and episode.truncated and not episode.overflowed
+    ids = episode.row() + (critic.policy.prompt(episode, None)[0] if going_on else []) or [0]  # never empty
     with torch.no_grad():
         before = critic.head(critic.trunk(torch.tensor([ids])).last_hidden_state)[0, :, 0].tolist()
     position, rewards, values = 0, [], []

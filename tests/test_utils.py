@@ -141,18 +141,20 @@ def test_the_static_cache_gives_the_logits_of_the_growing_one(chat_policy, monke
     assert len(made) > 3 and made[0] == (8, 16) and {size[0] for size in made} == {8}
 
 
-def test_a_model_with_a_sliding_window_is_compiled_in_updates_only(monkeypatch, tmp_path, chat_policy, started):
-    """A static cache of a window counts in Python numbers: every token would be another graph."""
+@pytest.mark.parametrize("window", [8192, 40])
+def test_a_model_with_a_sliding_window(window, monkeypatch, tmp_path, chat_policy, started):
+    """It is compiled in updates only (a static cache of a window counts in Python numbers: every token would be
+    another graph), and the holes of a ragged history must not count as tokens of the window."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
     config = transformers.MistralConfig(
         vocab_size=len(chat_policy.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=8192)
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=window, initializer_range=0.3)
     Policy(transformers.MistralForCausalLM(config), chat_policy.tokenizer, "cpu").save(tmp_path)
     policy = load_policy(RunArgs(model=str(tmp_path), compile=True))
     batch = collate(play(policy, started), policy.device)
     logprobs, _ = token_logprobs(policy, batch, temperature=1.3)
-    assert (logprobs - batch["old_logprobs"]).abs().max() <= 1e-4
+    assert (logprobs - batch["old_logprobs"]).abs().max() <= 1e-4 and batch["lengths"].max() > 80
     assert calls == [{"dynamic": True}] and policy.decode is None and not policy.static_caches
 
 
