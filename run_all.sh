@@ -15,7 +15,7 @@ quick=() quick_archer=()
 if [ "${1:-}" = --quick ]; then
     seeds=1
     claims=runs/quick
-    quick=(--num-iterations 2 --num-prompts 8 --warm-start-steps 20 --eval-episodes 8 --eval-every 2)
+    quick=(--num-iterations 2 --num-prompts 4 --warm-start-steps 10 --eval-episodes 4 --eval-every 2)
     quick_archer=(--actor-warm-up 1 --critic-steps 2)
 fi
 export OMP_NUM_THREADS=1
