@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 import torch.distributed as dist
 import tqdm
@@ -273,11 +274,14 @@ class Run:
         return done == self.args.num_iterations or self.totals["generated_tokens"] >= limit
 
     def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float],
-            batch: dict[str, torch.Tensor] | None = None):
+            updates: list[dict[str, float]], batch: dict[str, torch.Tensor] | None = None):
         """Start the row of an iteration: what the episodes were like and what the update did.
 
-        batch: what the update has learned from, with its advantages (B, T) or (B,).
+        updates: what each of its optimizer steps reports, of which the mean is logged (if metrics
+        has nothing else); batch: what they learned from, with its advantages (B, T) or (B,).
         """
+        means = {name: np.mean([u[name] for u in updates]) for name in (updates or [{}])[0]}
+        metrics = {"optimizer_steps": len(updates)} | means | metrics
         train = episode_metrics(episodes)
         turns = {id(turn): turn for e in episodes for turn in e.turns}.values()  # shared ones once
         steps = all_reduce_sum(torch.tensor([

@@ -678,11 +678,6 @@ def token_entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(-1)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean where mask is true, whatever (even NaN) stands elsewhere; 0 for an empty mask."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
 # === 7. Updates ==================================================================================
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Split the rows, like lengths together, into parts of at most max_tokens padded tokens."""

@@ -493,12 +493,10 @@ def main(args: Args) -> dict[str, float]:
             run.totals["generated_tokens"] += fresh_tokens  # they cost what those of episodes do
             buffer_turns = sum(row["turns"] for row in buffer)
             metrics |= {"buffer_turns": buffer_turns, "trained_share": len(turns) / buffer_turns,
-                        "fresh_tokens": fresh_tokens, "critic_steps": len(updates),
-                        "optimizer_steps": len(actor_updates)}
-            for steps in (updates, actor_updates):
-                for name in steps[0] if steps else ():
-                    metrics[name] = np.mean([u[name] for u in steps])
-            run.log(iteration, episodes, metrics, batch if actor_updates else None)
+                        "fresh_tokens": fresh_tokens, "critic_steps": len(updates)}
+            if updates:
+                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
+            run.log(iteration, episodes, metrics, actor_updates, batch if actor_updates else None)
         return run.finish()
 
 

@@ -449,10 +449,8 @@ def main(args: Args) -> dict[str, float]:
                 "gain_mean": every_gain.sum().item() / max(len(every_gain), 1),
                 "gain_min": min(every_gain.tolist(), default=0.0),
                 "gain_max": max(every_gain.tolist(), default=0.0),
-                "probe_share": probe_share, "optimizer_steps": len(updates)}
-            if updates:
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics, batch if updates else None)
+                "probe_share": probe_share}
+            run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 
 

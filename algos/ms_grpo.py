@@ -303,15 +303,13 @@ def main(args: Args) -> dict[str, float]:
 
             # 5. log (evaluation and checkpoints: run.iterations)
             signal = (weights.view(-1, args.group_size) > 0).any(1).double()
-            metrics = {"groups_without_signal": 1 - signal.mean().item(),
-                       "optimizer_steps": len(updates)}
+            metrics = {"groups_without_signal": 1 - signal.mean().item()}
             if updates:
                 drawn_advantages = advantages[torch.as_tensor(drawn)]
                 metrics |= {"effective_episodes": 1 / (weights**2).sum().item() / num_episodes,
                             "drawn_advantage": drawn_advantages.mean().item(),
                             "drawn_positive": (drawn_advantages > 0).double().mean().item()}
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics, batch if updates else None)
+            run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 
 

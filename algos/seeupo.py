@@ -364,11 +364,8 @@ def main(args: Args) -> dict[str, float]:
                        "garbage": garbage.double().mean().item(),
                        "weight_mean": everyone.mean().item(), "weight_min": everyone.min().item(),
                        "weight_max": everyone.max().item(), "weights_outside":
-                       ((everyone < 0.8) | (everyone > 1.2)).double().mean().item(),
-                       "optimizer_steps": len(updates)}
-            if updates:
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics, batch if updates else None)
+                       ((everyone < 0.8) | (everyone > 1.2)).double().mean().item()}
+            run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 
 

@@ -424,7 +424,7 @@ def main(args: Args) -> dict[str, float]:
                 queue.batches[-1]["after"] = collate(after_truncation(policy, episodes),
                                                      policy.device)
             if len(queue.batches) <= args.staleness:
-                run.log(iteration, episodes, {"optimizer_steps": 0})
+                run.log(iteration, episodes, {}, [])
                 continue
             oldest = queue.batches.pop(0)
             batch = oldest["batch"]
@@ -457,15 +457,14 @@ def main(args: Args) -> dict[str, float]:
                     break
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            metrics = {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            metrics |= {"clip_bias_norm_max": max(u["clip_bias_norm"] for u in updates),
-                        "log_ratio_max": max(u["log_ratio_max"] for u in updates),
-                        "first_log_ratio_max": updates[0]["log_ratio_max"],
-                        "advantage_mean": raw.mean().item(), "advantage_std": raw.std().item(),
-                        "return_std": returns.std().item(), "optimizer_steps": len(updates),
-                        "explained_variance": (1 - raw.var() / returns.var()).item()
-                        if returns.var() > 1e-10 else 0.0}
-            run.log(iteration, episodes, metrics, batch)
+            metrics = {"clip_bias_norm_max": max(u["clip_bias_norm"] for u in updates),
+                       "log_ratio_max": max(u["log_ratio_max"] for u in updates),
+                       "first_log_ratio_max": updates[0]["log_ratio_max"],
+                       "advantage_mean": raw.mean().item(), "advantage_std": raw.std().item(),
+                       "return_std": returns.std().item(),
+                       "explained_variance": (1 - raw.var() / returns.var()).item()
+                       if returns.var() > 1e-10 else 0.0}
+            run.log(iteration, episodes, metrics, updates, batch)
         return run.finish()
 
 

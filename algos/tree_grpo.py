@@ -451,11 +451,8 @@ def main(args: Args) -> dict[str, float]:
                 "groups_without_signal": (signal == 0).double().mean().item(),
                 "trees_without_signal": (spread <= 1e-6).double().mean().item(),
                 "leaves_per_1000_tokens": 1000 * leaves / max(sampled, 1),
-                "row_tokens_per_sampled": in_rows / max(sampled, 1),
-                "optimizer_steps": len(updates)}
-            if updates:
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics, batch if updates else None)
+                "row_tokens_per_sampled": in_rows / max(sampled, 1)}
+            run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 
 

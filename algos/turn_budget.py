@@ -503,11 +503,8 @@ def main(args: Args) -> dict[str, float]:
             metrics = {f"train_{name}": value for name, value in budget.metrics(episodes).items()}
             metrics |= {"score": all_gather(scores).mean().item(),
                         "turn_limit_first": envs[0].limits[0], "turn_limit_last": envs[0].limits[1],
-                        "groups_without_signal": 1 - signal.double().mean().item(),
-                        "optimizer_steps": len(updates)}
-            if updates:
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics, batch if updates else None)
+                        "groups_without_signal": 1 - signal.double().mean().item()}
+            run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 
 

@@ -53,8 +53,8 @@ from envs.episodes import Episode, start_episodes
 from run_folder import Run
 from utils import (
     Policy, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups, evaluate,
-    expand_to_tokens, load_policy, make_envs, masked_mean, micro_batches, optimizer_step, rank,
-    select_rows, stop, token_logprobs, world_size,
+    expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step, rank, select_rows,
+    stop, token_logprobs, world_size,
 )
 
 
@@ -335,8 +335,10 @@ def retry_metrics(table: Tensor, max_turns: int) -> dict[str, float]:
         f"conditional_success_{k}": (within[k] - within[k - 1]) / max(1 - within[k - 1], 1e-12)
         for k in turns[1:]} | {
         "average_turns": right.clamp(max=max_turns).mean().item(),
-        "distinct_ratio": masked_mean(num_distinct / num_answers.clamp(min=1), several).item(),
-        "identical_failure": masked_mean((num_distinct == 1).double(), failures).item(),
+        "distinct_ratio": ((num_distinct / num_answers.clamp(min=1))[several].sum()
+                           / several.sum().clamp(min=1)).item(),
+        "identical_failure": ((num_distinct == 1)[failures].sum()
+                              / failures.sum().clamp(min=1)).item(),
         "malformed_rate": (num_malformed.sum() / num_turns.sum().clamp(min=1)).item(),
         "in_range": (in_range.sum() / num_answers.sum().clamp(min=1)).item()}
 
@@ -456,15 +458,12 @@ def main(args: Args) -> dict[str, float]:
             metrics |= {"score": everyone[:, 6].mean().item(),
                         "decay_part": everyone[:, 7].mean().item(),
                         "repetition_part": everyone[:, 8].mean().item(),
-                        "groups_without_signal": silent.double().mean().item(),
-                        "optimizer_steps": len(updates)}
+                        "groups_without_signal": silent.double().mean().item()}
             if critic is not None:
                 error = all_gather((batch["returns"] - batch["values"])[mask]).var()
                 spread = all_gather(batch["returns"][mask]).var()
                 metrics["explained_variance"] = (1 - error / spread).item() if spread > 0 else 0.0
-            if updates:
-                metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
-            run.log(iteration, episodes, metrics, batch if updates else None)
+            run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 
 

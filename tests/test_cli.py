@@ -198,7 +198,7 @@ def test_the_page_of_a_run_shows_credit_ratio_and_entropy_of_every_sampled_token
 def test_a_process_whose_share_of_the_minibatch_is_empty_shows_nothing(tmp_path, tiny_policy):
     run = run_folder.Run(quick(tmp_path, print_samples=1), "ms_grpo")
     run.policy, run.shown, run.progress = tiny_policy, False, tqdm.tqdm(disable=True)
-    run.log(0, [], {}, utils.collate([], tiny_policy.device) | {"advantages": torch.zeros(0, 1)})
+    run.log(0, [], {}, [], utils.collate([], tiny_policy.device) | {"advantages": torch.zeros(0, 1)})
     assert not (run.folder / "samples.html").exists() and not run.shown
 
 

@@ -12,7 +12,7 @@ from conftest import Script, byte_tokenizer, random_model, streams
 from envs.episodes import Episode, Turn, start_episodes
 from utils import (
     Decoder, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate,
-    expand_to_tokens, load_policy, make_envs, masked_mean, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
+    expand_to_tokens, load_policy, make_envs, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
     token_logprobs, turn_table,
 )
 
@@ -417,14 +417,6 @@ def test_token_entropy_by_hand():
     entropy.backward()
     assert entropy.item() == pytest.approx(0.582203, abs=1e-5)
     assert torch.isfinite(forbidden.grad).all()
-
-
-def test_masked_mean_ignores_what_is_not_selected():
-    values = torch.tensor([1.0, 3.0, math.nan, math.inf], requires_grad=True)
-    mean = masked_mean(values, torch.tensor([True, True, False, False]))
-    mean.backward()
-    assert mean.item() == 2.0 and values.grad.tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert masked_mean(torch.tensor([5.0]), torch.tensor([False])).item() == 0.0
 
 
 def test_streams_differ_by_every_part_of_their_name_and_repeat():
