@@ -192,7 +192,7 @@ cross retry "ms_grpo=1e-4 ufo=2e-4 igpo=3e-4 tree_grpo=1e-4 st_ppo=3e-4 seeupo=3
 cross think "ms_grpo=1e-4 turn_budget=1.5e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=1e-4 archer=1e-4" "${weak[@]}" \
     --env-id turnrl/ThinkSearch-v0 --max-turns 4 --max-turn-tokens 12 --warm-start-steps 500 \
     --max-generated-tokens 120000
-cross guess "ms_grpo=1e-4 igpo=1e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=1e-4 archer=1e-4" "${strong[@]}" \
+cross guess "ms_grpo=1e-4 igpo=1e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-5 archer=1e-4" "${strong[@]}" \
     --env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150 \
     --max-generated-tokens 80000
 cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${strong[@]}" \
