@@ -625,7 +625,7 @@ def collate(episodes: list[Episode], device: torch.device) -> dict[str, Tensor]:
 def turn_table(episodes: list[Episode], value: Callable[[Turn], float],
                device: torch.device) -> tuple[Tensor, Tensor]:
     """A number per turn as (E, K), 0 after the end, and the mask (E, K) of the turns played."""
-    width = max((len(e.turns) for e in episodes), default=1)
+    width = max((len(e.turns) for e in episodes), default=1) or 1
     rows = [[float(value(t)) for t in e.turns] + [0.0] * (width - len(e.turns)) for e in episodes]
     played = torch.tensor([len(e.turns) for e in episodes], device=device)
     mask = torch.arange(width, device=device) < played[:, None]

@@ -48,7 +48,7 @@ class Episode:
 
     @property
     def total_reward(self) -> float:
-        return sum(turn.reward for turn in self.turns)
+        return sum((turn.reward for turn in self.turns), 0.0)
 
     def row(self) -> list[int]:
         """The tokens of the current row: every prompt and answer since it was started."""

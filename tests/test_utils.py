@@ -158,6 +158,14 @@ def test_a_model_with_a_sliding_window(window, monkeypatch, tmp_path, chat_polic
     assert calls == [{"dynamic": True}] and policy.decode is None and not policy.static_caches
 
 
+def test_a_process_whose_prompts_do_not_fit_has_empty_tables_of_the_usual_types():
+    """Then the other processes, which have turns, gather tensors of the same number of bytes."""
+    episodes = [Episode(0, "too long", overflowed=True)]
+    table = turn_table(episodes, lambda turn: turn.reward, torch.device("cpu"))
+    assert table[0].shape == (1, 1) and not table[1].any() and isinstance(episodes[0].total_reward, float)
+    assert collate(episodes, torch.device("cpu"))["tokens"].shape == (0, 1)
+
+
 def test_a_bf16_player_follows_the_fp32_weights(chat_policy):
     """Every new decoder plays what the optimizer has made of the weights; buffers (of positions) stay fp32."""
     policy = Policy(chat_policy.model, chat_policy.tokenizer, "cpu", bf16=True)
