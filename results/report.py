@@ -173,12 +173,12 @@ def collect(folder: Path, algo: str):
             values = [float(row[name]) for row in metrics[1:] if row.get(name)]
             last = values[-1:] if name.startswith("eval_") else values[-10:]
             extra[name] = np.mean((values if when == "mean" else last) or [0.0])
-        args = json.loads((summary.parent / "args.json").read_text())
+        record = json.loads((summary.parent / "args.json").read_text())
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
-                     **extra, "commit": args["versions"]["commit"][:10]})
+                     **extra, "commit": record["versions"]["commit"][:10]})
         if algo == "cross":  # two evaluations are no curve
-            rows[-1]["learning_rate"] = args["learning_rate"]
+            rows[-1]["learning_rate"] = record["args"]["learning_rate"]
     for name, table in ((algo, rows), (f"{algo}_curves", curves), (f"{algo}_drift", drift)):
         if table and name != "cross_curves":
             with open(ROOT / f"results/{name}.csv", "w", newline="") as file:
@@ -418,8 +418,9 @@ def cross_table() -> str:
     rows = read(ROOT / "results/cross.csv")
     found = {environment: {row["arm"].removeprefix(f"{environment}_"): row["arm"] for row in rows
                            if row["arm"].startswith(f"{environment}_")} for environment in CROSS}
-    lines = ["| success at the end | " + " | ".join(CROSS.values()) + " |",
-             "|---" * (1 + len(CROSS)) + "|"]
+    found = {environment: arms for environment, arms in found.items() if arms}
+    lines = ["| success at the end | " + " | ".join(CROSS[x] for x in found) + " |",
+             "|---" * (1 + len(found)) + "|"]
 
     def cell(environment: str, algo: str, name: str) -> str:
         if algo not in found[environment]:
@@ -432,7 +433,7 @@ def cross_table() -> str:
     lines.append("| generated tokens | " + " | ".join(f"{x / 1000:.0f}k" for x in tokens) + " |")
     for label, algo, name in [("warm start", "ms_grpo", "success_start"),
                               *((f"`{algo}`", algo, "success_end") for algo in CLAIMS)]:
-        lines.append(f"| {label} | " + " | ".join(cell(x, algo, name) for x in CROSS) + " |")
+        lines.append(f"| {label} | " + " | ".join(cell(x, algo, name) for x in found) + " |")
     return "\n".join(lines)
 
 
