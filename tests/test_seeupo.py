@@ -571,9 +571,9 @@ def recorded(scores=tuple(SCORES), played=tuple(TURNS_PLAYED), silent_turn=None,
         run.steps.append(step)
         return step.metrics
 
-    def keep(self, iteration, episodes, metrics, batch):
-        run.logs.append(metrics)
-        log(self, iteration, episodes, metrics, batch)
+    def keep(self, iteration, episodes, metrics, updates, batch):
+        log(self, iteration, episodes, metrics, updates, batch)
+        run.logs.append(dict(self.rows[-1]))
 
     settings = {"num_prompts": len(scores) // 3, "group_size": 3, "num_iterations": 2, "temperature": 0.8,
                 "learning_rate": 3e-4, "eval_episodes": 1, "print_samples": 0, "save_every": 9} | flags
