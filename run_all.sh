@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All runs, then results/<script>.csv, and all tables and figures. (The other results/*.csv: tests/benchmarks,
 # docs/figures/credit.png: results/credit.py.)
-#   ./run_all.sh            everything; about 9 hours on 2 CPU cores. A run that is done is skipped.
+#   ./run_all.sh            everything; about 11 hours on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
 # SEEDS="1 2 3" (of all claims), JOBS=2 (parallel processes with one thread each; default: the cores) and
 # SCRIPTS="igpo tree_grpo" (all by default) may be set from outside.
