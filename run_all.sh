@@ -165,7 +165,7 @@ run archer guess_one_critic "${often[@]}" --num-critics 1
 run archer guess_monte_carlo "${often[@]}" --value-target monte_carlo
 run archer guess_uncentred "${often[@]}" --no-centre-advantages
 # Cross table: every script in every environment it fits, from the same warm starts, until so many tokens are
-# generated; the better of two learning rates on seed 11; seeds that no setting was chosen on.
+# generated; learning rates chosen on seed 11 (docs/log.md), which is not one of the table's seeds.
 if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-3 4 5}; fi
 cross() {  # cross ENVIRONMENT "SCRIPT=LEARNING_RATE .." FLAGS..
     local pair flags

@@ -409,7 +409,7 @@ def main(args: Args) -> dict[str, float]:
     cloning = args.actor_loss == "filtered_clone"
     if (not 0 < args.target_rate <= 1 or args.discount > 1 or args.expectile >= 1
             or args.keep_quantile > 1):
-        stop("--target-rate, --discount, --expectile and --keep-quantile are shares, at most 1")
+        stop("--target-rate (not 0), --discount, --expectile, --keep-quantile: shares, at most 1")
     if args.token_baseline and args.actor_loss != "policy_gradient":
         stop("--token-baseline needs --actor-loss policy_gradient")
     if args.critic_batch_turns % world_size() or args.actor_batch_turns % world_size():

@@ -218,10 +218,14 @@ def test_eval_only_changes_nothing(tmp_path):
 def test_evaluating_a_checkpoint_leaves_its_folder_alone(tmp_path):
     ms_grpo.main(quick(tmp_path, num_iterations=3, save_every=2))
     folder = only_run(tmp_path)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    first = dict(zip(rows[0].split(","), rows[1].split(","), strict=True)) | {"eval_success": "0.77"}
+    (folder / "metrics.csv").write_text("\n".join([rows[0], ",".join(first.values()), *rows[2:], ""]))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     summary = ms_grpo.main(quick(tmp_path, num_iterations=3, save_every=2, resume=str(folder),
                                  eval_only=True, eval_temperature=0.5, eval_episodes=6))
     assert summary["iterations"] == 3
+    assert summary["success_start"] == summary["success_end"] != 0.77, "the first evaluation had another temperature"
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -534,7 +538,7 @@ def test_a_tiny_checkpoint_given_as_model_gets_the_prompts_it_knows(tmp_path):
 
 @pytest.mark.parametrize("flags", [{"target_rate": 0.0}, {"target_rate": 1.5}, {"discount": 1.1}])
 def test_a_share_above_1_or_a_critic_that_never_follows_is_refused(tmp_path, capsys, flags):
-    fails(capsys, "are shares", call=lambda: archer.main(quick(tmp_path, "archer", **flags)))
+    fails(capsys, "shares, at most 1", call=lambda: archer.main(quick(tmp_path, "archer", **flags)))
 
 
 def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):
