@@ -3,8 +3,9 @@
 # docs/figures/credit.png: results/credit.py.)
 #   ./run_all.sh            everything; about 11 hours on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
-# SEEDS="1 2 3" (of all claims), JOBS=2 (parallel processes with one thread each; default: the cores) and
-# SCRIPTS="igpo tree_grpo" (all by default) may be set from outside.
+# SEEDS="1 2 3" (of all claims), JOBS=2 (parallel processes with one thread each; default: the cores),
+# SCRIPTS="igpo tree_grpo" and ARMS="lake_*" (all by default) may be set from outside: the rows of results/
+# that are not run again stay.
 set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
@@ -15,7 +16,8 @@ quick=() quick_archer=()
 if [ "${1:-}" = --quick ]; then
     seeds=1
     claims=runs/quick
-    quick=(--num-iterations 2 --num-prompts 4 --warm-start-steps 10 --eval-episodes 4 --eval-every 2)
+    quick=(--num-iterations 2 --num-prompts 8 --warm-start-steps 10 --eval-episodes 4 --eval-every 2
+           --max-turns 3)  # a warm start of 10 steps knows nothing: longer episodes show no more
     quick_archer=(--actor-warm-up 1 --critic-steps 2)
 fi
 export OMP_NUM_THREADS=1
@@ -26,7 +28,7 @@ run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at mo
     shift 2
     set -- "$@" "${quick[@]}"
     if [ "$script" = archer ]; then set -- "$@" "${quick_archer[@]}"; fi
-    [[ " $scripts " == *" $claim "* ]] || return 0
+    [[ " $scripts " == *" $claim "* && $arm == ${ARMS:-*} ]] || return 0
     for seed in $seeds; do
         local folder=$claims/$claim/$arm-$seed
         if compgen -G "$folder/*/summary.json" >/dev/null; then continue; fi

@@ -4,19 +4,16 @@ Axes, the same in every file: E episodes, K turns, B rows of tokens, T tokens, G
 V vocabulary. turn_id (B, T) says which turn sampled a token and is -1 on every token the policy
 did not sample (observations, chat markup, forced tokens, padding): mask = turn_id >= 0.
 
-1 Flags      2 Processes and random streams      3 Policies     4 The tiny model     5 Rollouts
-6 Batches and log-probs     7 Updates     8 Evaluation     (run folders and logs: run_folder.py)
+1 Flags     2 Processes and random streams     3 Policies     4 Rollouts     5 Batches and log-probs
+6 Updates     7 Evaluation     (loading models: policies.py; run folders and logs: run_folder.py)
 """
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,17 +23,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import tqdm
 import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from envs import known_ids, make_env
-from envs.episodes import Episode, Turn, demonstrations, start_episodes
+from envs.episodes import Episode, Turn, start_episodes
 from envs.text_env import EVALUATION_SEEDS
-
-transformers.utils.logging.disable_progress_bar()
 
 
 # === 1. Flags ====================================================================================
@@ -148,6 +141,8 @@ class Policy:
         self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
         self.context_length = model.config.max_position_embeddings
         layers = transformers.DynamicCache(config=model.config).layers
+        flags = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in flags else "past_key_values"  # transformers < 5.24
         self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
 
         def render(*messages: tuple[str, str]) -> str:
@@ -198,17 +193,18 @@ class Policy:
         """What lies between an answer and the next observation; a turn cut by its cap is ended."""
         return [self.end_id] * (turn.token_ids[-1] != self.end_id) + self.between
 
-    def forward(self, tokens: Tensor, **kwargs) -> Tensor:
-        """The logits (B, T or fewer, V), in fp32."""
-        decoding = kwargs["use_cache"]
+    def forward(self, tokens: Tensor, cache: transformers.Cache | None = None, **kwargs) -> Tensor:
+        """The logits (B, T or fewer, V), in fp32; with a cache, of the model that decodes."""
+        decoding = cache is not None
         for layer in self.checkpointed:  # what is recomputed cannot fill a cache
             layer.training = not decoding
         model, fast = self.player if decoding else self.model, self.compiled
         if decoding:  # a prompt, of any length, is not compiled
             fast = self.decode if tokens.shape[1] == 1 else None
         model = model if fast is None else fast
+        kwargs |= {self.cache_name: cache} if decoding else {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return model(tokens, **kwargs).logits.float()
+            return model(tokens, use_cache=decoding, **kwargs).logits.float()
 
     def static_cache(self, rows: int, length: int) -> transformers.StaticCache:
         """An empty cache, always the same one for a size: a CUDA graph knows its address."""
@@ -241,137 +237,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_policy(args: RunArgs, history_turns: int | None = None,
-                env: gym.Env | None = None) -> Policy:
-    """The policy that `--model` names, as it is before any reinforcement learning.
-
-    The tiny model's demonstrations are played in env, by default a new environment.
-    """
-    tiny, folder, env = args.model == "tiny", args.model, env or make_envs(args, 1)[0]
-    if not tiny and not Path(folder).is_dir() and (folder.count("/") != 1 or folder[0] in "./~"):
-        stop(f"--model {folder}: no such folder, and not a hub id (owner/name) either")
-    if tiny:
-        folder = tiny_folder(args, env, history_turns)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        policy = Policy(model, tokenizer, args.device,
-                        "" if tokenizer.chat_template == TINY_TEMPLATE
-                        else getattr(env.unwrapped, "instructions", ""),
-                        bf16=args.device.startswith("cuda") and not tiny)
-    except Exception as error:  # transformers, safetensors and jinja each have their own
-        stop(f"--model {args.model} cannot be loaded: {reason(error)}")
-    if args.gradient_checkpointing:
-        checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
-                             model.gradient_checkpointing_enable)
-        checkpoint({"use_reentrant": False})
-        with contextlib.suppress(AttributeError):  # made for models whose embedding is not trained
-            model.disable_input_require_grads()
-        policy.checkpointed = [m for m in model.modules()
-                               if isinstance(m, GradientCheckpointingLayer)]
-        for layer in policy.checkpointed:  # this flag alone, so that no dropout wakes up
-            layer.training = True
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # sizes of rollouts; the default is 8
-        policy.compiles, policy.compiled = True, torch.compile(model, dynamic=True)
-    return policy
-
-
-# === 4. The tiny model ===========================================================================
-TINY_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
-    "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
-NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_TOKENS = 2048, 64, 4096
-
-
-def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
-    """A tokenizer and model of 0.23 million parameters, trained to imitate demonstrations.
-
-    The folder is cached under a hash of what determines it, the demonstrations included.
-    """
-    rng = random_stream(args.seed, DEMONSTRATE)
-    seeds = rng.integers(EVALUATION_SEEDS, size=NUM_DEMONSTRATIONS).tolist()
-    try:
-        episodes = demonstrations(env, seeds, args.max_turns, rng)
-    except NotImplementedError as error:
-        stop(f"--env-id {args.env_id}: {error}; give --model <folder or hub id>")
-    texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
-    determined_by = [texts, history_turns, args.seed, args.warm_start_steps, args.max_grad_norm,
-                     WARM_START_ROWS, args.warm_start_learning_rate, args.tiny_init_std,
-                     TINY_TEMPLATE, inspect.getsource(make_tiny), inspect.getsource(warm_start),
-                     torch.__version__, transformers.__version__]
-    key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
-    folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
-    if rank() == 0 and not folder.exists():
-        policy = Policy(*make_tiny(args, [text for e in texts for pair in e for text in pair]),
-                        args.device)
-        warm_start(policy, episodes, args, history_turns)
-        policy.save(temporary := cache / f"{folder.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # another run may have put the same folder there
-            temporary.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-    if world_size() > 1:
-        dist.barrier()
-    return folder
-
-
-def make_tiny(args: RunArgs, texts: list[str]):
-    """An untrained model and a byte-level tokenizer whose merges are the words of `texts`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    core = Tokenizer(models.BPE())
-    # words and numbers may become one token; any other character is a token (cells of a map)
-    pieces = pre_tokenizers.Split(Regex(r" ?[A-Z]?[a-z]+| ?[0-9]+|\s|."), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=512, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>",
-        chat_template=TINY_TEMPLATE)
-    torch.manual_seed(args.seed)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
-        initializer_range=args.tiny_init_std,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3)
-    return transformers.LlamaForCausalLM(config), tokenizer
-
-
-def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_turns: int | None):
-    """Behaviour cloning: raise the log-probability of the demonstrated actions."""
-    for episode in episodes:
-        turns, episode.turns = episode.turns, []
-        for turn in turns:  # replay, so that every prompt is built from the turns before it
-            episode.observation = turn.observation
-            turn.prompt_ids, turn.starts_row = policy.prompt(episode, history_turns)
-            turn.token_ids = [*policy.encode(turn.action), policy.end_id]
-            turn.logprobs = [0.0] * len(turn.token_ids)
-            episode.turns.append(turn)
-    batch = collate(episodes, policy.device)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0)
-    rng = random_stream(args.seed, DEMONSTRATE, 1)
-    progress = tqdm.trange(args.warm_start_steps, desc="warm start", disable=quiet())
-    for step in progress:
-        done = step / args.warm_start_steps  # the learning rate goes up, then down to 0
-        rate = args.warm_start_learning_rate * min(10 * done, 1) * (1 - done)
-        optimizer.param_groups[0]["lr"] = rate
-        rows = select_rows(batch, rng.integers(len(batch["tokens"]), size=WARM_START_ROWS))
-        wide = rows["tokens"].numel() > WARM_START_TOKENS  # then like lengths go together
-        loss, count = 0.0, (rows["turn_id"] >= 0).sum()
-        for part in micro_batches(rows, WARM_START_TOKENS) if wide else [rows]:
-            logprobs, _ = token_logprobs(policy, part, temperature=1.0)
-            part_loss = -logprobs.sum() / count
-            part_loss.backward()
-            loss += part_loss.item()
-        optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-
-# === 5. Rollouts =================================================================================
+# === 4. Rollouts =================================================================================
 class GrowingLayer(DynamicLayer):
     """A cache layer with room to grow: a new token is written, what is there is not copied."""
 
@@ -412,8 +278,8 @@ class Decoder:
         self.mask = torch.cat([self.mask, chunk.to(self.mask.device)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         return self.policy.forward(ids.to(self.mask.device), attention_mask=self.mask,
-                                   position_ids=positions, past_key_values=self.cache,
-                                   use_cache=True, logits_to_keep=1)[:, -1]
+                                   position_ids=positions, cache=self.cache,
+                                   logits_to_keep=1)[:, -1]
 
     def keep(self, rows: list[int]):
         """Drop all other rows, in place."""
@@ -455,8 +321,7 @@ class StaticDecoder:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, self.width : self.width + width]
         self.width += width
         logits = self.policy.forward(ids.to(self.mask.device), attention_mask=self.mask,
-                                     position_ids=positions, past_key_values=self.cache,
-                                     use_cache=True, logits_to_keep=1)
+                                     position_ids=positions, cache=self.cache, logits_to_keep=1)
         return logits[self.rows, -1]
 
     def keep(self, rows: list[int]):
@@ -593,7 +458,7 @@ def refresh_logprobs(policy: Policy, episodes: list[Episode], args: RunArgs):
                              for position in range(len(turn.token_ids))]
 
 
-# === 6. Batches and log-probs ====================================================================
+# === 5. Batches and log-probs ====================================================================
 # A batch is a dict of tensors with one row per entry: tokens, turn_id, old_logprobs (B, T),
 # episode_id, lengths (B,), and whatever an algorithm adds. Rows are padded on the right: a causal
 # model never looks there, so no attention mask is needed.
@@ -653,7 +518,7 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
     """
     tokens, mask = batch["tokens"], batch["turn_id"] >= 0  # (B, T)
     columns = mask[:, 1:].any(0).nonzero()[:, 0]  # (C,) positions whose next token was sampled
-    logits = policy.forward(tokens, logits_to_keep=columns, use_cache=False) / temperature
+    logits = policy.forward(tokens, logits_to_keep=columns) / temperature
     chosen = logits.gather(2, tokens[:, columns + 1, None])[:, :, 0] - logits.logsumexp(-1)
     entropy, zeros = token_entropy(logits), torch.zeros(tokens.shape, device=logits.device)
     chosen, entropy = (zeros.index_copy(1, columns + 1, x) for x in (chosen, entropy))  # (B, T)
@@ -678,7 +543,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(-1)
 
 
-# === 7. Updates ==================================================================================
+# === 6. Updates ==================================================================================
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Split the rows, like lengths together, into parts of at most max_tokens padded tokens."""
     part: list[int] = []
@@ -710,7 +575,7 @@ def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max
     return norm
 
 
-# === 8. Evaluation ===============================================================================
+# === 7. Evaluation ===============================================================================
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
     """Means over the episodes, or turns, of all processes, if there are any."""
     turns = [turn for episode in episodes for turn in episode.turns]

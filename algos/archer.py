@@ -58,11 +58,12 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode
+from policies import load_policy
 from run_folder import Run
 from utils import (
-    DRAW, Policy, RunArgs, all_reduce_sum, collect_groups, evaluate,
-    gather_list, load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, reason,
-    sample_tokens, stop, token_logprobs, world_size,
+    DRAW, Policy, RunArgs, all_reduce_sum, collect_groups, evaluate, gather_list, make_envs,
+    micro_batches, optimizer_step, random_stream, rank, reason, sample_tokens, stop, token_logprobs,
+    world_size,
 )
 
 ActorLoss = Literal["policy_gradient", "advantage_weighted", "filtered_clone"]
@@ -501,4 +502,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -51,11 +51,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, start_episodes
+from policies import load_policy
 from run_folder import Run
 from utils import (
     Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
-    expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step, rank, stop,
-    token_logprobs, turn_table, world_size,
+    expand_to_tokens, make_envs, micro_batches, optimizer_step, rank, stop, token_logprobs,
+    turn_table, world_size,
 )
 
 
@@ -316,7 +317,7 @@ def answer_logprobs(policy: Policy, contexts: list[list[int]], boundaries: list[
         masks = {} if args.probe == "separate" else {  # one boundary a row: plain causal attention
             "attention_mask": attention[:, None].to(policy.device),
             "position_ids": positions.to(policy.device)}
-        logits = policy.forward(tokens, logits_to_keep=columns, use_cache=False, **masks)
+        logits = policy.forward(tokens, logits_to_keep=columns, **masks)
         logprobs = (logits / args.temperature).log_softmax(-1)
         for row, (answer, before) in enumerate(zip(answers, befores, strict=True)):
             column = torch.searchsorted(columns, before.to(columns))  # where in the logits
@@ -455,4 +456,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -53,11 +53,12 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
+from policies import load_policy
 from run_folder import Run
 from utils import (
     DRAW, Policy, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
-    evaluate, expand_to_tokens, load_policy, make_envs, micro_batches, optimizer_step,
-    random_stream, rank, select_rows, stop, token_logprobs, world_size,
+    evaluate, expand_to_tokens, make_envs, micro_batches, optimizer_step, random_stream, rank,
+    select_rows, stop, token_logprobs, world_size,
 )
 
 
@@ -370,4 +371,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

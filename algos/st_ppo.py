@@ -57,11 +57,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn
+from policies import load_policy
 from run_folder import Run
 from utils import (
-    DRAW, Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate,
-    load_policy, make_envs, micro_batches, optimizer_step, random_stream, rank, select_rows, stop,
-    token_logprobs, turn_table, world_size,
+    DRAW, Policy, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate, make_envs,
+    micro_batches, optimizer_step, random_stream, rank, select_rows, stop, token_logprobs,
+    turn_table, world_size,
 )
 
 Variant = Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"]
@@ -469,4 +470,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

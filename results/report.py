@@ -3,8 +3,9 @@
     python results/report.py [runs/claims]
 
 Every run below the folder becomes a row of results/<algo>.csv (its arm and seed are in the folder's
-name) and its evaluations rows of results/<algo>_curves.csv. Without run folders the CSV files stay
-as they are; tables and figures are made from the CSV files only.
+name) and its evaluations rows of results/<algo>_curves.csv, in place of older rows of that arm and
+seed; all other rows stay. Tables and figures are made from the CSV files only (credit.png: from a
+made-up episode, see credit.py).
 """
 
 import csv
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from envs.twenty_questions import TwentyQuestions, ideal_return
+from results import credit
 
 CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with each of the others)
     "ms_grpo": {
@@ -151,7 +153,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def collect(folder: Path, algo: str):
-    """Write results/<algo>.csv and <algo>_curves.csv from finished runs, if there are any."""
+    """Put finished runs into results/<algo>.csv and <algo>_curves.csv."""
     rows, curves, drift = [], [], []
     for summary in sorted(folder.glob(f"{algo}/*/*/summary.json")):
         arm, seed = summary.parents[1].name.rsplit("-", 1)
@@ -181,11 +183,16 @@ def collect(folder: Path, algo: str):
             rows[-1]["learning_rate"] = record["args"]["learning_rate"]
     for name, table in ((algo, rows), (f"{algo}_curves", curves), (f"{algo}_drift", drift)):
         if table and name != "cross_curves":
-            with open(ROOT / f"results/{name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, list(table[0]))
+            path, new = ROOT / f"results/{name}.csv", {(row["arm"], row["seed"]) for row in table}
+            old = [row for row in (read(path) if path.exists() else [])
+                   if (row["arm"], row["seed"]) not in new]
+            table = [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+                     for row in table]
+            table = sorted(old + table, key=lambda row: (row["arm"], int(row["seed"])))
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(k for row in table for k in row)))
                 writer.writeheader()
-                writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x
-                                  for name, x in row.items()} for row in table)
+                writer.writerows(table)
 
 
 def is_collapsed(success: np.ndarray) -> bool:
@@ -499,6 +506,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
+    credit.draw(ROOT / "docs/figures/credit.png")
     collect(runs, "cross")
     replace_block(ROOT / "README.md", "results", readme_table())
     replace_block(ROOT / "README.md", "cross", cross_table())

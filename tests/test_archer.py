@@ -20,7 +20,8 @@ from algos.archer import (
 from conftest import KeepGradient
 from envs.episodes import Episode, Turn
 from envs.twenty_questions import TwentyQuestions
-from utils import Policy, load_policy, make_tiny, sample_tokens, token_logprobs
+from policies import load_policy, make_tiny
+from utils import Policy, sample_tokens, token_logprobs
 
 CPU = torch.device("cpu")
 
@@ -415,7 +416,7 @@ def test_fresh_answers_are_those_of_a_rollout_from_the_same_state(policy, rows, 
     for i, (row, k) in enumerate(turns):
         state, answer = row["tokens"][: row["starts"][k]], []
         for u in uniforms[i]:
-            logits = policy.forward(torch.tensor([state + answer]), use_cache=False)[0, -1:]
+            logits = policy.forward(torch.tensor([state + answer]))[0, -1:]
             answer.append(sample_tokens(logits, 1.0, u[None])[0].item())
             if answer[-1] == policy.end_id:
                 break
@@ -507,7 +508,7 @@ def test_the_policy_s_gradient(policy, rows, actor_loss, centre, tokens):
     for i in range(6):
         end, last = int(batch["starts"][i, 0]), int(batch["lengths"][i])
         row = batch["tokens"][i, :last]
-        logprobs = policy.forward(row[None], use_cache=False)[0].log_softmax(1)
+        logprobs = policy.forward(row[None])[0].log_softmax(1)
         total = total - credit[i] / 6 * sum(logprobs[t - 1, row[t]] for t in range(end, last))
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
     assert metrics["advantage_mean"] == pytest.approx(0.4 / 6)

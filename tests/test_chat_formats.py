@@ -12,7 +12,8 @@ import torch
 
 from conftest import CHATML, ROOT, Script, byte_tokenizer, random_model, streams
 from envs.episodes import Turn
-from utils import Policy, RunArgs, collate, load_policy, rollout, token_logprobs
+from policies import load_policy
+from utils import Policy, RunArgs, collate, rollout, token_logprobs
 
 LAKE = "turnrl/FrozenLake-v0"
 

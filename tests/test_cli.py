@@ -20,6 +20,7 @@ import torch
 import tqdm
 import tyro
 
+import policies
 import run_folder
 import utils
 from algos import archer, ms_grpo
@@ -91,7 +92,7 @@ def test_every_flag_is_documented_in_help(script, capsys):
 def test_every_flag_is_used(script):
     """Every field is read as an attribute of an `args` somewhere in the script or in utils."""
     args, used = importlib.import_module(f"algos.{script}").Args, set()
-    for path in ("utils.py", "run_folder.py", f"algos/{script}.py"):
+    for path in ("utils.py", "policies.py", "run_folder.py", f"algos/{script}.py"):
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
                 used.add(node.attr)
@@ -99,14 +100,15 @@ def test_every_flag_is_used(script):
 
 
 def test_help_and_a_short_run_from_a_clean_checkout(tmp_path):
-    """Only what a student would copy: the script, utils.py, run_folder.py and envs/."""
-    for name in ("utils.py", "run_folder.py"):
+    """Only what a student would copy: the script, utils.py, policies.py, run_folder.py and envs/."""
+    for name in ("utils.py", "policies.py", "run_folder.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("envs", "algos"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     script = [sys.executable, str(tmp_path / "algos/ms_grpo.py")]
     text = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd="/")
     assert text.returncode == 0 and "--aaw-power" in text.stdout
+    assert "Eq. 5  p_e = |A_e|^power" in text.stdout, "the equations that the flags name"
     flags = command(**(QUICK | {"print_samples": 1, "warm_start_steps": 60, "run_dir": tmp_path / "runs"}))[2:]
     run = subprocess.run([*script, *flags], capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr
@@ -327,11 +329,11 @@ def test_a_kill_during_a_checkpoint_leaves_a_readable_one(tmp_path):
     folder = only_run(tmp_path)
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import run_folder, utils, torch
+import policies, run_folder, torch
 from algos.ms_grpo import Args
 args = Args(**{dict(QUICK, run_dir=str(tmp_path / 'runs'), resume=str(folder))!r})
 run = run_folder.Run(args, "ms_grpo")
-policy = utils.load_policy(args, 0)
+policy = policies.load_policy(args, 0)
 optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
 run.restore(policy, optimizer=optimizer)
 print("ready", flush=True)
@@ -530,9 +532,9 @@ def test_a_folder_without_git_trains_too(tmp_path, monkeypatch):
 def test_a_tiny_checkpoint_given_as_model_gets_the_prompts_it_knows(tmp_path):
     """Its warm start has seen no rules; a chat model reads them first."""
     args = quick(tmp_path, env_id="turnrl/ToolDesk-v0", env_kwargs="{}")
-    policy = utils.load_policy(args)
+    policy = policies.load_policy(args)
     policy.save(tmp_path / "tiny")
-    again = utils.load_policy(dataclasses.replace(args, model=str(tmp_path / "tiny")))
+    again = policies.load_policy(dataclasses.replace(args, model=str(tmp_path / "tiny")))
     assert (again.head, again.tail) == (policy.head, policy.tail)
 
 

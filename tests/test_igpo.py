@@ -17,9 +17,10 @@ from algos.ms_grpo import group_relative_advantages as grpo
 from conftest import KeepGradient
 from envs.episodes import demonstrations
 import words  # noqa: F401 (registers tests/Words-v0)
+from policies import make_tiny
 from utils import (
-    Policy, collate, collect_groups, expand_to_tokens, make_envs, make_tiny, random_stream, rollout,
-    start_episodes, token_logprobs, turn_table,
+    Policy, collate, collect_groups, expand_to_tokens, make_envs, random_stream, rollout, start_episodes,
+    token_logprobs, turn_table,
 )
 
 

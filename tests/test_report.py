@@ -45,9 +45,9 @@ def test_the_line_counts_of_the_readme_are_right():
 
 
 def test_the_readme_counts_the_lines_that_neighbours_do_not_share():
-    text = (ROOT / "README.md").read_text().split("**Reading order**")[1].split("(logs,")[0]
+    text = (ROOT / "README.md").read_text().split("**Reading order**")[1].split("`policies.py`")[0]
     found = re.findall(r"`(\w+)\.py`(?: \((\d+)\))?", text.split("the scripts.")[1])
-    scripts = [(ROOT / f"algos/{name}.py").read_text().splitlines() for name, _ in found[:-1]]  # then run_folder.py
+    scripts = [(ROOT / f"algos/{name}.py").read_text().splitlines() for name, _ in found]
     assert len(scripts) == 8
     for before, script, (name, count) in zip(scripts, scripts[1:], found[1:], strict=False):
         new = sum(line.startswith("+") for line in difflib.unified_diff(before, script, n=0, lineterm="")) - 1
@@ -122,8 +122,11 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
         "generated_tokens,seconds\n0,0.2,-1,,,,,9\n1,,,2,0.5,0.25,70,11\n2,0.6,1,2,,0.75,100,14\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setitem(report.EXTRA, "toy", report.EXTRA["ms_grpo"])
+    (tmp_path / "results/toy.csv").write_text("arm,seed,success_end\narm_a,7,0.1\narm_a,10,0.3\narm_b,7,0.4\n")
     report.collect(tmp_path / "runs", "toy")
-    [row] = csv.DictReader(open(tmp_path / "results/toy.csv"))
+    row, *others = csv.DictReader(open(tmp_path / "results/toy.csv"))
+    assert [(other["arm"], other["seed"], other["success_end"]) for other in others] == [
+        ("arm_a", "10", "0.3"), ("arm_b", "7", "0.4")], "runs that are not there leave their rows as they are"
     assert row == {"arm": "arm_a", "seed": "7", "success_start": "0.2", "success_end": "0.6",
                    "success_area": "0.4", "return_area": "0", "optimizer_steps": "4",
                    "drawn_advantage": "0.5", "groups_without_signal": "0.5",

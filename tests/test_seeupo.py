@@ -19,8 +19,9 @@ from algos.seeupo import (
 )
 from conftest import KeepGradient
 from envs.episodes import Episode, Turn
+from policies import make_tiny
 from run_folder import Run
-from utils import DRAW, Policy, RunArgs, batch_logprobs, collate, make_tiny, random_stream
+from utils import DRAW, Policy, RunArgs, batch_logprobs, collate, random_stream
 
 CPU, RNG = torch.device("cpu"), np.random.default_rng(0)
 

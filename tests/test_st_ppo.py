@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import policies
 import utils
 import words  # noqa: F401 (registers the game)
 from algos import st_ppo
@@ -583,8 +584,8 @@ def spy(monkeypatch):
     for name, call in (("collect_groups", collect), ("update", updating), ("Critic", Awake),
                        ("evaluate", lambda *_: ({"success": 0.0, "return": 0.0}, []))):
         monkeypatch.setattr(st_ppo, name, call)
-    monkeypatch.setattr(utils, "NUM_DEMONSTRATIONS", 16)
-    monkeypatch.setattr(utils, "WARM_START_ROWS", 4)
+    monkeypatch.setattr(policies, "NUM_DEMONSTRATIONS", 16)
+    monkeypatch.setattr(policies, "WARM_START_ROWS", 4)
     monkeypatch.setattr(Run, "plot", lambda *_: None)
     return seen
 

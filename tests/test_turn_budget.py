@@ -19,9 +19,10 @@ from conftest import CHATML, KeepGradient, byte_tokenizer, random_model
 from envs.episodes import Episode, Turn, demonstrations, start_episodes
 from envs.text_env import TextEnv
 from envs.think_search import ThinkSearch
+from policies import make_tiny
 from utils import (
-    Policy, RunArgs, collate, collect_groups, evaluate, expand_to_tokens, make_tiny, random_stream,
-    refresh_logprobs, rollout, token_logprobs,
+    Policy, RunArgs, collate, collect_groups, evaluate, expand_to_tokens, random_stream, refresh_logprobs, rollout,
+    token_logprobs,
 )
 from words import Words
 
@@ -876,7 +877,7 @@ TURNS = QUICK | {"env_id": "tests/Words-v0", "env_kwargs": '{"max_turns": 12}', 
 @pytest.fixture
 def few(monkeypatch):
     """A start policy that has seen 64 demonstrations."""
-    monkeypatch.setattr("utils.NUM_DEMONSTRATIONS", 64)
+    monkeypatch.setattr("policies.NUM_DEMONSTRATIONS", 64)
 
 
 def table(folder):

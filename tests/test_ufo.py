@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-import utils
+import policies
 from algos import ufo
 from algos.ms_grpo import group_relative_advantages
 from algos.ufo import (
@@ -705,8 +705,8 @@ def spy(monkeypatch):
         return metrics, episodes
     for name, call in (("collect_groups", collect), ("update", updating), ("load_policy", load), ("evaluate", evaluating)):
         monkeypatch.setattr(ufo, name, call)
-    monkeypatch.setattr(utils, "NUM_DEMONSTRATIONS", 128)  # a quicker warm start
-    monkeypatch.setattr(utils, "WARM_START_ROWS", 16)
+    monkeypatch.setattr(policies, "NUM_DEMONSTRATIONS", 128)  # a quicker warm start
+    monkeypatch.setattr(policies, "WARM_START_ROWS", 16)
     monkeypatch.setattr(Run, "plot", lambda *_: None)
     return seen
 

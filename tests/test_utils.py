@@ -1,7 +1,9 @@
 """Tokens, rollouts, batches and log-probs: what every script relies on."""
 
 import copy
+import inspect
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import transformers
 
 from conftest import Script, byte_tokenizer, random_model, streams
 from envs.episodes import Episode, Turn, start_episodes
+from policies import load_policy
 from utils import (
-    Decoder, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate,
-    expand_to_tokens, load_policy, make_envs, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
-    token_logprobs, turn_table,
+    Decoder, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate, expand_to_tokens,
+    make_envs, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy, token_logprobs,
+    turn_table,
 )
 
 LAKE = "turnrl/FrozenLake-v0"
@@ -111,6 +114,29 @@ def test_sampling_never_takes_a_token_of_probability_zero():
 
 
 # --- decoding with --compile ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_the_model_knows(chat_policy, name):
+    """transformers 5.24 renamed it and warns of the old name; a model that takes neither would forget the history."""
+    model, caches = chat_policy.model, []
+    real, real_name = model.forward, chat_policy.cache_name
+
+    def forward(input_ids, past_key_values=None, cache=None, **kwargs):
+        caches.append(past_key_values if name == "past_key_values" else cache)
+        return real(input_ids, **{real_name: caches[-1]}, **kwargs)
+
+    keep = [p for p in inspect.signature(forward).parameters.values()
+            if p.name in ("input_ids", "kwargs", name)]
+    forward.__signature__ = inspect.Signature(keep)
+    model.forward = forward
+    decoder = Policy(model, chat_policy.tokenizer, "cpu").decoder(1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder.feed([[70, 71]])
+        logits = decoder.feed([[72]])
+    assert caches[0] is decoder.cache
+    torch.testing.assert_close(logits, chat_policy.forward(torch.tensor([[70, 71, 72]]))[:, -1])
 
 
 @pytest.mark.parametrize("bf16,tolerance", [(False, 1e-4), (True, 0.15)])

@@ -20,7 +20,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos.igpo import Args, information_gain, probe_beliefs
-from utils import collect_groups, load_policy, make_envs, turn_table
+from policies import load_policy
+from utils import collect_groups, make_envs, turn_table
 
 
 @dataclasses.dataclass

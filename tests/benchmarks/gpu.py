@@ -21,8 +21,9 @@ import transformers
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from policies import load_policy, make_tiny
 from utils import (
-    Policy, RunArgs, load_policy, make_tiny, micro_batches, optimizer_step, sample_tokens, token_logprobs,
+    Policy, RunArgs, micro_batches, optimizer_step, sample_tokens, token_logprobs,
 )
 
 PROMPT, ANSWER, ROW = 256, 64, 512

@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 from algos.igpo import Args, probe_beliefs
 from envs import make_env
 from envs.episodes import Turn, start_episodes
-from utils import Policy, make_tiny, random_stream
+from policies import make_tiny
+from utils import Policy, random_stream
 
 
 @dataclasses.dataclass

@@ -25,7 +25,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from envs.episodes import Turn, start_episodes
 from envs.text_env import TextEnv
-from utils import Policy, RunArgs, make_tiny, random_stream, rollout
+from policies import make_tiny
+from utils import Policy, RunArgs, random_stream, rollout
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--threads", type=int, default=2)
