@@ -192,6 +192,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.writer:
+            self.writer.close()
         if isinstance(error, EnvironmentFault):
             self.write_samples("fault", [error.episode])
             stop(f"{error} (the episode is in {self.folder / 'samples.jsonl'})")

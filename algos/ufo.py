@@ -380,6 +380,8 @@ def main(args: Args) -> dict[str, float]:
         if "submitted" not in start_episodes(run.eval_envs[:1], [0])[0].start_info:
             stop(f"--env-id {args.env_id}: UFO needs to know what was answered, and the "
                  "environment has no info['submitted']")
+        if {"max_answers", "feedback"} & json.loads(args.env_kwargs).keys():
+            stop("--env-kwargs: max_answers, feedback are --max-turns, --eval-turns, --feedback")
         training, playing = (dataclasses.replace(args, max_turns=answers, env_kwargs=json.dumps(
             json.loads(args.env_kwargs) | {"max_answers": answers, "feedback": args.feedback}))
             for answers in (args.max_turns, args.eval_turns))
