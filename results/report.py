@@ -10,6 +10,7 @@ made-up episode, see credit.py).
 
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -366,9 +367,14 @@ def equal_tokens_table(algo: str, claim: str) -> str:
 
 
 def claim_figure(curves: list[dict[str, str]], algo: str):
-    figure = Figure((5 * len(CLAIMS[algo]), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(CLAIMS[algo]), squeeze=False)[0]
-    for axis, (metric, title, arms) in zip(axes, CLAIMS[algo].values(), strict=True):
+    panels = len(CLAIMS[algo])
+    rows = math.ceil(panels / 3)
+    columns = math.ceil(panels / rows)
+    figure = Figure((5 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[panels:]:
+        axis.axis("off")
+    for axis, (metric, title, arms) in zip(axes, CLAIMS[algo].values(), strict=False):
         for color, arm in enumerate(arms):
             of_arm = [row for row in curves if row["arm"] == arm]
             iterations = sorted({int(row["iteration"]) for row in of_arm})
@@ -396,6 +402,17 @@ def replace_block(path: Path, name: str, text: str):
     if not pattern.search(page):
         raise SystemExit(f"{path} has no block for the table {name}")
     path.write_text(pattern.sub(lambda match: match[1] + text + "\n" + match[2], page))
+
+
+def quick_start() -> str:
+    """results/defaults.csv, made by tests/benchmarks/defaults.py: the commands of the README."""
+    lines = ["```", "pip install -r requirements.txt"]
+    for row in read(ROOT / "results/defaults.csv"):
+        minutes = round(int(row["seconds"]) / 30) / 2
+        start, end = float(row["success_start"]), float(row["success_end"])
+        lines.append(f"{'python algos/' + row['script'] + '.py':32} # about {minutes:g} minutes on "
+                     f"{row['cores']} CPU cores: success {start:.2f} -> {end:.2f}")
+    return "\n".join([*lines, "```"])
 
 
 def readme_table() -> str:
@@ -508,5 +525,6 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
     credit.draw(ROOT / "docs/figures/credit.png")
     collect(runs, "cross")
+    replace_block(ROOT / "README.md", "quick start", quick_start())
     replace_block(ROOT / "README.md", "results", readme_table())
     replace_block(ROOT / "README.md", "cross", cross_table())

@@ -38,6 +38,15 @@ def test_the_results_of_the_readme_are_those_of_the_csv():
     assert block("docs/archer.md", "levels") == report.levels_table("archer", report.LEVEL_ARMS)
 
 
+def test_the_minutes_of_the_default_runs_are_measured_ones():
+    assert block("README.md", "quick start") == report.quick_start()
+    for row in report.read(ROOT / "results/defaults.csv"):
+        minutes = f"about {round(int(row['seconds']) / 30) / 2:g} minutes on {row['cores']} CPU cores"
+        assert f"python algos/{row['script']}.py        {minutes}" in (
+            ROOT / f"algos/{row['script']}.py").read_text(), row["script"]
+    assert {row["script"] for row in report.read(ROOT / "results/defaults.csv")} == set(report.CLAIMS)
+
+
 def test_the_line_counts_of_the_readme_are_right():
     for path in (ROOT / "algos").glob("*.py"):
         lines = len(path.read_text().splitlines())
@@ -135,3 +144,21 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
     assert [(c["iteration"], c["success"]) for c in curves] == [("0", "0.2"), ("2", "0.6")]
     assert report.at_tokens(curves, "arm_a", "success", 75) == pytest.approx([0.5])
     assert report.at_tokens(curves, "arm_a", "success", 500) == pytest.approx([0.6])
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_the_pages_lead_somewhere(page):
+    """The file is there, and in it a heading of that name or an anchor."""
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", (ROOT / page).read_text())
+    for path, anchor in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            text = target.read_text()
+            headings = [re.sub(r"[^a-z0-9 _-]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                        for line in text.splitlines() if line.startswith("#")]
+            assert anchor in headings or f'<a id="{anchor}">' in text, (path, anchor)
+    assert page != "README.md" or len(links) > 50, "links are found"
