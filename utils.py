@@ -82,7 +82,8 @@ def reason(error: Exception) -> str:
 # === 2. Processes and random streams =============================================================
 # Every random number comes from a stream named by integers: (run seed, purpose, iteration, index).
 # No generator lives across iterations, so a resumed run, a run on two processes and a run with
-# another batch order draw the same numbers. (A 0 at the end of a key does not make another stream.)
+# another batch order draw the same numbers. (numpy ignores a 0 at the end of a key: where one key
+# may begin another, number from 1.)
 DEMONSTRATE, PROMPTS, SAMPLE, EVALUATE, DRAW = range(5)
 
 
@@ -137,7 +138,8 @@ class Policy:
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
         self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
         self.player = None  # the model that decodes
-        self.compiles, self.compiled, self.decode = False, None, None  # updates, one token
+        # --compile: whether to; the model that computes updates; the one that decodes one token
+        self.compiles, self.compiled, self.decode = False, None, None
         self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
         self.context_length = model.config.max_position_embeddings
         layers = transformers.DynamicCache(config=model.config).layers
@@ -195,14 +197,13 @@ class Policy:
 
     def forward(self, tokens: Tensor, cache: transformers.Cache | None = None, **kwargs) -> Tensor:
         """The logits (B, T or fewer, V), in fp32; with a cache, of the model that decodes."""
-        decoding = cache is not None
+        decoding, model = cache is not None, self.compiled or self.model
         for layer in self.checkpointed:  # what is recomputed cannot fill a cache
             layer.training = not decoding
-        model, fast = self.player if decoding else self.model, self.compiled
-        if decoding:  # a prompt, of any length, is not compiled
-            fast = self.decode if tokens.shape[1] == 1 else None
-        model = model if fast is None else fast
-        kwargs |= {self.cache_name: cache} if decoding else {}
+        if decoding:
+            kwargs[self.cache_name], model = cache, self.player
+            if self.decode is not None and tokens.shape[1] == 1:  # prompts have too many lengths
+                model = self.decode
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return model(tokens, use_cache=decoding, **kwargs).logits.float()
 
@@ -216,9 +217,10 @@ class Policy:
 
     @torch.no_grad()
     def decoder(self, rows: int, most_rows: int) -> "Decoder | StaticDecoder":
-        """An empty cache for so many rows, for the policy as it is now; it ends earlier decoders.
+        """An empty cache for so many rows, for the policy as it is now.
 
-        most_rows: as many as any decoder of this rollout will have.
+        It ends earlier decoders, which would go on with the new weights (and, static, in the same
+        cache). most_rows: as many as any decoder of this rollout will have.
         """
         if self.player is None:
             self.player = copy.deepcopy(self.model) if self.bf16 else self.model
@@ -382,7 +384,8 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
         if not rows:
             return episodes
         dropped, live = len(live) - len(rows), [live[row] for row in rows]
-        # 2. feed them: to the cache that holds the history, or to a new one (a window counts holes)
+        # 2. feed them: to the cache that holds the history, or to a new one (also for a model with
+        # a sliding window, which would count the holes of a cache as tokens)
         if decoder is None or history_turns is not None or policy.windowed:
             decoder = policy.decoder(len(live), len(episodes))
             pending = [prompts[i][0] if prompts[i][1] else episodes[i].row() + prompts[i][0]

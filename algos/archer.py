@@ -10,12 +10,12 @@ and code: YifeiZhou02/ArCHer at 7c771a7, offline andreazanette/OfflineArcher at 
     Eq. 4  after every critic step: target <- (1 - tau) target + tau critic               [code]
     Eq. 5  A = min_j Q_j(s, a~) - min_j V_j(s)                                            [code]
     Eq. 6  J = mean over turns of A sum_t log pi(a~_t)                                    [code]
-    Eq. 7  with --token-baseline: A - b_t instead of A, b_t fitted to A by squared error  [code]
+    Eq. 7  with --token-baseline: A - b_t for A, b_t fitted to A by squared error  [paper 5; code]
     Eq. 8  --value-target expectile: u_j = Qbar_j(s, a), error^2 times tau' or 1 - tau'   [code]
     Eq. 9  --actor-loss advantage_weighted: exp(beta A) instead of A, buffered answers    [code]
     Eq. 10 --actor-loss filtered_clone: 1 instead of A, answers of the best episodes      [code]
 
-    s    the tokens before a turn    a  its answer (E turns of all past policies, the buffer)
+    s    the tokens before a turn    a  its answer; both from turns of all past policies, the buffer
     j    twin heads, last axis (J)   s' the tokens before the next turn
     bar  the target critic           tau, tau', beta  target_rate, expectile, inverse_temperature
 
@@ -265,6 +265,7 @@ def pad_rows(rows: list[dict], args: Args, device: torch.device) -> dict[str, Te
     turn, at = torch.arange(starts.shape[1]), torch.arange(tokens.shape[1])
     inside = (at >= starts[:, :, None]) & (at < ends[:, :, None])  # (B, K, T)
     played = ends > starts
+    # the turn that ended the episode; -1: a time limit cut it, and one more state follows
     last = [row["turns"] - 1 if len(row["ends"]) == row["turns"] or not args.bootstrap_truncated
             else -1 for row in rows]
     batch = {"tokens": tokens, "turn_id": (inside * (turn + 1)[:, None]).sum(1) - 1,

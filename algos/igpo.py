@@ -16,6 +16,7 @@ likely it thinks the known right answer is. Equations are numbered here; the sou
 
     b  beliefs (E, K)          g  information_gain (E, K)        r  turn_rewards (E, K)
     R  turn_returns (E, K)     w  exp(log_ratio)                 |o_e|  sampled tokens of episode e
+    [n]  equation of the paper
 
 Changed from ms_grpo.py
     - an episode is one row with its whole history: the belief needs what was found out so far
@@ -72,9 +73,9 @@ class Args(RunArgs):
     normalization: Literal["separate", "joint"] = "separate"  # of gains and outcomes, Eq. 4
     degrees_of_freedom: int = 0  # of the std in Eq. 4: 0 population, 1 unbiased
     gamma: float = 1.0  # discount of later turns in Eq. 6
-    curriculum: bool = False  # official code: gains weigh 1 to 0.5 over the run, outcomes 0.5 to 1
+    curriculum: bool = False  # with joint: gains weigh 1 to 0.5 over the run, outcomes 0.5 to 1
     probe: Literal["packed", "separate"] = "packed"  # all beliefs of an episode in one row, or not
-    advantage: Literal["igpo", "gigpo"] = "igpo"  # Eq. 6; gigpo: of the above uses --gamma only
+    advantage: Literal["igpo", "gigpo"] = "igpo"  # Eq. 6; gigpo has no other flag than --gamma
     aggregation: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"  # Eq. 7
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 7
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 7
@@ -373,6 +374,8 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
 def main(args: Args) -> dict[str, float]:
     if args.group_size < 2:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
+    if args.curriculum and args.normalization == "separate":
+        stop("--curriculum weighs gains against outcomes: it needs --normalization joint (Eq. 4)")
     with Run(args, "igpo") as run:
         num_episodes = args.num_prompts * args.group_size  # E over all processes
         envs = make_envs(args, num_episodes // world_size())

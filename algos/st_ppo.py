@@ -13,7 +13,7 @@ available. A reconstruction.
     Eq. 6  grad J = (gradient of the mean of w A_t) - C
     Eq. 7  step along s grad J, s = 1 / max(1, |C|)   (s_ppo, st_ppo)      [7 to 9 divide by |C|]
     Eq. 8  A_t = R_t + discount V_{t+} - V_t + discount gae_lambda A_{t+}, then whitened
-    Eq. 9  L_critic = 1/2 mean max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
+    Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
 
     --variant      ppo: Eq. 1     turn_ppo: Eq. 2     s_ppo: Eq. 1 and 7     st_ppo: Eq. 2 and 7
 
@@ -464,7 +464,7 @@ def main(args: Args) -> dict[str, float]:
                        "advantage_mean": raw.mean().item(), "advantage_std": raw.std().item(),
                        "return_std": returns.std().item(),
                        "explained_variance": (1 - raw.var() / returns.var()).item()
-                       if returns.var() > 1e-10 else 0.0}
+                       if returns.var() > 1e-4 else 0.0}
             run.log(iteration, episodes, metrics, updates, batch)
         return run.finish()
 

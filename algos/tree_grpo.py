@@ -88,7 +88,7 @@ class Args(RunArgs):
     keep_top_entropy: float = 0.5  # share of tokens in the loss, rho in Eq. 5; 1.0 keeps all
     entropy_rule: Literal["quantile", "top_k"] = "quantile"  # tau: interpolated, or the k-th value
     invert_entropy_mask: bool = False  # control: train on the tokens that Eq. 5 drops
-    mask_denominator: Literal["kept", "all"] = "kept"  # tokens that Eq. 6 divides by
+    mask_denominator: Literal["kept", "all"] = "kept"  # tokens that Eq. 6 divides by (token_mean)
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"  # Eq. 6
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 6
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 6
@@ -356,6 +356,7 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
     entropies = entropies.gather(0, owner_rows(batch["node_id"]))  # equal in all copies of a token
     threshold = entropy_threshold(all_gather(entropies[owned]), args.keep_top_entropy,
                                   args.entropy_rule)
+    # 1e-6: equal entropies that were rounded differently are kept together
     keep = mask & ((entropies >= threshold - 1e-6) ^ args.invert_entropy_mask)
     weights, count = loss_weights(batch["turn_id"], args.aggregation)
     batch["weights"] = weights / all_reduce_sum(count).clamp(min=1)

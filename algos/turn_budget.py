@@ -12,12 +12,13 @@ SFR-DeepResearch (2509.06283, old thoughts dropped), s1 (2501.19393, thoughts cl
     Eq. 5  fixed limit = floor(75th percentile of the turns of unrestricted episodes)
            dynamic     = floor(50th percentile), once extended to the 75th when it is hit
     Eq. 6  R = sum_k r_k + option             option: --reward-option, by default 0
-    Eq. 7  A_k = A / T                        --divide-by-turns; T turns of the episode
+    Eq. 7  A_k = A / (turns of the episode)   --divide-by-turns
     Eq. 8  A = (R - mean_group R) / (std_group R + 1e-6)      of every turn and sampled token
     Eq. 9  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) - kl KL + c entropy
 
-    C  context_limit   P  first prompt   F, reserve  tokens kept for what must still come
-    b, a, o  tokens of a thought, an action, an observation        w  exp(log_ratio)
+    C  context_limit     P  tokens before the first observation     F  final_reserve
+    b, a, o  tokens of a thought, an action, an observation         w  exp(log_ratio)
+    reserve  F and the tokens of the end-of-thought mark and of an action
 
 Changed from ms_grpo.py
     - a turn is a thought, an end-of-thought mark and an action; the thought has an allowance
@@ -356,9 +357,8 @@ class Budget:
     def max_turn_tokens(self, episode: Episode, used: int) -> int:
         allowance = self.allowance(episode, used)
         if allowance is None:  # whatever the context still holds, if the last turn left anything
-            last = episode.turns[-1:] if self.args.drop_thoughts else []
             full = any(len(turn.prompt_ids + turn.token_ids) >= self.policy.context_length
-                       for turn in last)
+                       for turn in episode.turns[-1:])  # though its thought may be dropped now
             return 0 if full else self.policy.context_length - used
         return allowance + len(self.mark) + self.args.max_turn_tokens
 

@@ -31,6 +31,7 @@ Deviations and choices
     D4  All groups are kept (--keep-groups; code: the quarter with the largest spread).
     D5  Two optimizer steps per batch; one without any signal is skipped.
     D6  n counts from 0: a right first answer earns 1 (the paper's ablation counts from 1).
+    D7  No KL by default (code: --kl-in-reward 0.001).
 
     python algos/ufo.py        about 2.5 minutes on 2 CPU cores
 """
@@ -62,7 +63,7 @@ from utils import (
 # === 2. Args =====================================================================================
 @dataclasses.dataclass
 class Args(RunArgs):
-    env_id: str = "turnrl/RetryMath-v0"  # an environment whose info holds what was "submitted"
+    env_id: str = "turnrl/RetryMath-v0"  # info["submitted"], arguments max_answers, feedback
     max_turns: int = 5  # answers an episode may use in training, K
     max_turn_tokens: int = 9  # tokens the policy may sample in one turn
     learning_rate: float = 2e-4  # of AdamW, constant
@@ -382,6 +383,7 @@ def main(args: Args) -> dict[str, float]:
                  "environment has no info['submitted']")
         if {"max_answers", "feedback"} & json.loads(args.env_kwargs).keys():
             stop("--env-kwargs: max_answers, feedback are --max-turns, --eval-turns, --feedback")
+        # the environment is told how many answers it allows, in training and in evaluation
         training, playing = (dataclasses.replace(args, max_turns=answers, env_kwargs=json.dumps(
             json.loads(args.env_kwargs) | {"max_answers": answers, "feedback": args.feedback}))
             for answers in (args.max_turns, args.eval_turns))
@@ -464,8 +466,8 @@ def main(args: Args) -> dict[str, float]:
                         "groups_without_signal": silent.double().mean().item()}
             if critic is not None:
                 error = all_gather((batch["returns"] - batch["values"])[mask]).var()
-                spread = all_gather(batch["returns"][mask]).var()
-                metrics["explained_variance"] = (1 - error / spread).item() if spread > 0 else 0.0
+                total = all_gather(batch["returns"][mask]).var()
+                metrics["explained_variance"] = (1 - error / total).item() if total > 1e-4 else 0.0
             run.log(iteration, episodes, metrics, updates, batch if updates else None)
         return run.finish()
 

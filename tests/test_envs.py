@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from conftest import ROOT
 from envs import known_ids, make_env
 from envs.episodes import demonstrations
 from envs.frozen_lake import FrozenLake
@@ -138,6 +139,16 @@ def test_a_step_after_the_end_is_refused(make):
     play(env, 0, np.random.default_rng(0))
     with pytest.raises(gym.error.ResetNeeded):
         env.step("left")
+
+
+def test_the_example_of_the_page_is_an_environment():
+    """The code of docs/envs.md, as it stands there."""
+    code = (ROOT / "docs/envs.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec("\n".join(line.removeprefix("   ") for line in code.splitlines()), names)
+    check_env(names["Game"](), skip_render_check=True)
+    episodes = demonstrations(names["Game"](), list(range(60)), 5, np.random.default_rng(0))
+    assert {len(e.turns) for e in episodes} == {1} and 10 < sum(e.success for e in episodes) < 30
 
 
 def test_parse_action_accepts_exactly_a_legal_word():
