@@ -39,7 +39,7 @@ Deviations and choices
     D6  The mean of A over a policy step, noise of the critic, is taken off (code: it stays):
         --no-centre-advantages.
 
-    python algos/archer.py        about 5 minutes on 2 CPU cores
+    python algos/archer.py        about 4 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

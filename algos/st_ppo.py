@@ -39,7 +39,7 @@ Deviations and choices
         (--aggregation token_mean: over tokens, as in public PPO code).
     D6  --target-kl ends the passes over a batch early. Off by default.
 
-    python algos/st_ppo.py        about 2 minutes on 2 CPU cores
+    python algos/st_ppo.py        about 1.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

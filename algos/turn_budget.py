@@ -32,7 +32,7 @@ Choices
     C3  The mark is the environment's `end_of_thought`, or </think>.
     C4  Turn limits come from a pilot with the start policy, all episodes counted, failures too.
 
-    python algos/turn_budget.py        about 2.5 minutes on 2 CPU cores
+    python algos/turn_budget.py        about 3 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

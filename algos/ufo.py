@@ -33,7 +33,7 @@ Deviations and choices
     D6  n counts from 0: a right first answer earns 1 (the paper's ablation counts from 1).
     D7  No KL by default (code: --kl-in-reward 0.001).
 
-    python algos/ufo.py        about 2.5 minutes on 2 CPU cores
+    python algos/ufo.py        about 2 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
