@@ -55,7 +55,7 @@ def test_the_line_counts_of_the_readme_are_right():
 
 def test_the_readme_counts_the_lines_that_a_script_does_not_share_with_the_one_it_is_changed_from():
     text = (ROOT / "README.md").read_text().split("**Reading order**")[1]
-    found = re.findall(r"`(\w+)\.py` \((\w+): (\d+)\)", text)
+    found = re.findall(r"`(\w+)\.py`\s\((\w+): (\d+)\)", text)
     assert {name for name, *_ in found} == set(report.CLAIMS) - {"ms_grpo"}
     for name, before, count in found:
         old, new = ((ROOT / f"algos/{script}.py").read_text() for script in (before, name))
