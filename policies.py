@@ -47,18 +47,20 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
                         "" if tokenizer.chat_template == TINY_TEMPLATE
                         else getattr(env.unwrapped, "instructions", ""),
                         bf16=args.device.startswith("cuda") and not tiny)
+        if args.gradient_checkpointing:
+            checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
+                                 model.gradient_checkpointing_enable)
+            checkpoint({"use_reentrant": False})
     except Exception as error:  # transformers, safetensors and jinja each have their own
         stop(f"--model {args.model} cannot be loaded: {reason(error)}")
     if args.gradient_checkpointing:
-        checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
-                             model.gradient_checkpointing_enable)
-        checkpoint({"use_reentrant": False})
         with contextlib.suppress(AttributeError):  # made for models whose embedding is not trained
             model.disable_input_require_grads()
         policy.checkpointed = [m for m in model.modules()
                                if isinstance(m, GradientCheckpointingLayer)]
-        for layer in policy.checkpointed:  # this flag alone, so that no dropout wakes up
+        for layer in policy.checkpointed:  # its parts stay in eval mode; no dropout wakes up
             layer.training = True
+            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # sizes of rollouts; the default is 8
         policy.compiles, policy.compiled = True, torch.compile(model, dynamic=True)
@@ -83,8 +85,9 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     except NotImplementedError as error:
         stop(f"--env-id {args.env_id}: {error}; give --model <folder or hub id>")
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
-    determined_by = [texts, history_turns, args.seed, args.warm_start_steps, args.max_grad_norm,
-                     WARM_START_ROWS, args.warm_start_learning_rate, args.tiny_init_std,
+    determined_by = [texts, history_turns, args.seed, torch.device(args.device).type,
+                     args.warm_start_steps, args.max_grad_norm, WARM_START_ROWS,
+                     args.warm_start_learning_rate, args.tiny_init_std,
                      TINY_TEMPLATE, inspect.getsource(make_tiny), inspect.getsource(warm_start),
                      torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]

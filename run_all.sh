@@ -21,6 +21,16 @@ if [ "${1:-}" = --quick ]; then
     quick_archer=(--actor-warm-up 1 --critic-steps 2)
 fi
 export OMP_NUM_THREADS=1
+trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT  # a failed run ends the others
+
+finish() {  # wait for all; 127: none is left
+    local code
+    while true; do
+        code=0
+        wait -n || code=$?
+        if [ $code = 127 ]; then return 0; elif [ $code != 0 ]; then exit 1; fi
+    done
+}
 
 run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at most $jobs at a time. CLAIMS
     # is the script whose claims these are; ALGO=x runs another one.
@@ -149,11 +159,11 @@ ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iteratio
     --num-prompts 16 --group-size 4 --learning-rate 1e-4
 run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4
 ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 5 --num-iterations 50 --learning-rate 1e-4
-while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done  # the buffers of guess_archer are there
+finish  # the buffers of guess_archer are there
 all=$seeds
 for seeds in $all; do
     buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*/summary.json" | head -n 1) || true
-    buffer=${buffer%/summary.json}
+    buffer=${buffer%/summary.json}  # empty: archer.py says that there is none
     # 60 policy steps each, iql's after its warm-up of 8 iterations
     offline=(--offline "$buffer" --eval-every 4 --learning-rate 1e-4 --num-iterations 20)
     run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted \
@@ -199,6 +209,5 @@ cross guess "ms_grpo=1e-4 igpo=1e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-5 arche
     --max-generated-tokens 80000
 cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${strong[@]}" \
     --env-id turnrl/FrozenLake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
-while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || exit 1; done
-
+finish
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi

@@ -127,7 +127,8 @@ class Run:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size()))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1)
+                                      // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
         torch.set_float32_matmul_precision("high")
         self.args, self.start, self.signal, self.training, self.writer = args, 0, 0, False, None
         self.rows: list[dict[str, Any]] = []  # of metrics.csv

@@ -197,7 +197,7 @@ class Policy:
 
     def forward(self, tokens: Tensor, cache: transformers.Cache | None = None, **kwargs) -> Tensor:
         """The logits (B, T or fewer, V), in fp32; with a cache, of the model that decodes."""
-        decoding, model = cache is not None, self.compiled or self.model
+        decoding, model = cache is not None, self.model if self.compiled is None else self.compiled
         for layer in self.checkpointed:  # what is recomputed cannot fill a cache
             layer.training = not decoding
         if decoding:
@@ -247,15 +247,16 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        at_home = old > 0 and self.keys.data_ptr() == self.room.data_ptr()  # not after a selection
-        if not at_home or self.room.shape[-2] < new:
-            batch, heads, _, width = key_states.shape
-            room = key_states.new_empty(2, batch, heads, 2 * new, width)
+        # after a selection the keys are elsewhere
+        at_home = old > 0 and self.keys.data_ptr() == self.room[0].data_ptr()
+        if not at_home or self.room[0].shape[2] < new:
+            room = [x.new_empty(*x.shape[:2], 2 * new, x.shape[3])
+                    for x in (key_states, value_states)]  # their widths may differ
             if old > 0:
-                room[0, :, :, :old], room[1, :, :, :old] = self.keys, self.values
+                room[0][:, :, :old], room[1][:, :, :old] = self.keys, self.values
             self.room = room
-        self.room[0, :, :, old:new], self.room[1, :, :, old:new] = key_states, value_states
-        self.keys, self.values = self.room[:, :, :, :new]
+        self.room[0][:, :, old:new], self.room[1][:, :, old:new] = key_states, value_states
+        self.keys, self.values = (x[:, :, :new] for x in self.room)
         return self.keys, self.values
 
 
@@ -378,8 +379,9 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
             used[i] = len(ids) + (0 if starts_row else len(episode.row()))
             caps[i] = (max_turn_tokens(episode, used[i]) if callable(max_turn_tokens)
                        else max_turn_tokens)
-            episode.overflowed = caps[i] < 1 or used[i] + caps[i] > policy.context_length
-            episode.truncated = episode.overflowed or len(episode.turns) >= max_turns
+            full = caps[i] < 1 or used[i] + caps[i] > policy.context_length
+            episode.truncated = full or len(episode.turns) >= max_turns
+            episode.overflowed = full and len(episode.turns) < max_turns
         rows = [row for row, i in enumerate(live) if not episodes[i].done]
         if not rows:
             return episodes
@@ -418,8 +420,11 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
                       and len(token_ids[row]) < caps[live[row]]]
             if not active:
                 break
-            logits = decoder.feed([unfed[i] if row in active else []
-                                   for row, i in enumerate(live)])
+            fed = [unfed[i] if row in active else [] for row, i in enumerate(live)]
+            if policy.windowed and len({len(fed[row]) for row in active}) > 1:  # again: no holes
+                decoder = policy.decoder(len(live), len(episodes))
+                fed = [a + b for a, b in zip(pending, token_ids, strict=True)]
+            logits = decoder.feed(fed)
         # 4. the environments answer
         for row, i in enumerate(live):
             ids = token_ids[row][:-1] if token_ids[row][-1] == policy.end_id else token_ids[row]

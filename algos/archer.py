@@ -419,6 +419,8 @@ def main(args: Args) -> dict[str, float]:
     with Run(args, "archer") as run:
         envs = make_envs(args, args.num_prompts * args.group_size // world_size())
         policy, buffer = load_policy(args), ReplayBuffer()
+        if not hasattr(policy.model.base_model, "layers"):
+            stop(f"--model {args.model}: its layers are not where ArCHer looks for its critic's")
         torch.manual_seed(args.seed)  # of the heads
         critic = TurnCritic(policy, args.num_critics, args.critic_layers)
         target, baseline, baseline_optimizer = copy.deepcopy(critic), None, None
@@ -434,7 +436,7 @@ def main(args: Args) -> dict[str, float]:
             baseline = TurnCritic(policy, 1, args.critic_layers)
             baseline_optimizer = adam(baseline, args.critic_learning_rate)
             state |= {"baseline": baseline, "baseline_optimizer": baseline_optimizer}
-        if args.offline:
+        if args.offline is not None:
             buffer.load_state_dict(saved_buffer(args.offline, policy))
         run.restore(policy, **state)
         warm_up = args.actor_warm_up
@@ -453,7 +455,9 @@ def main(args: Args) -> dict[str, float]:
 
         for iteration in run.iterations(policy, evaluation, **state):
             # 1. collect num_prompts groups of group_size episodes for the buffer
-            episodes = [] if args.offline else collect_groups(policy, envs, args, iteration)
+            episodes = []
+            if args.offline is None:
+                episodes = collect_groups(policy, envs, args, iteration)
             buffer.push(gather_list(rows_of(policy, episodes)), args.replay_turns)
             turns = [(row, k) for row in buffer for k in range(row["turns"])]
             updates, actor_updates, fresh_tokens = [], [], 0

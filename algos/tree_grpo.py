@@ -277,7 +277,7 @@ class Recorder(gym.Wrapper):
     def step(self, action: str):
         try:
             self.snapshots.append(copy.deepcopy(self.env) if self.copies else None)
-        except TypeError:  # it holds a generator, a socket, a lock ..
+        except Exception:  # it holds a generator, a socket, a lock ..
             self.snapshots.append(None)
         return self.env.step(action)
 

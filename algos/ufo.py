@@ -292,7 +292,7 @@ class Critic(torch.nn.Module):
         """The value (B, T) before every sampled token, from what stands before it; 0 elsewhere."""
         with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.policy.bf16):
             hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state  # (B, T, D)
-            before = self.head(hidden[:, :-1])[:, :, 0].float()  # (B, T - 1)
+        before = self.head(hidden[:, :-1].float())[:, :, 0]  # (B, T - 1), not rounded to bf16
         values = torch.nn.functional.pad(before, (1, 0))
         return torch.where(batch["turn_id"] >= 0, values, 0.0)
 

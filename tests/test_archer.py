@@ -632,6 +632,7 @@ def test_cloning_draws_from_the_best_episodes_only(tmp_path):
 
 @pytest.mark.parametrize("flags,named", [
     ({"discount": 1.5}, "--discount"), ({"offline": "nowhere"}, "--offline nowhere"),
+    ({"offline": ""}, "--offline : no checkpoint"),
     ({"token_baseline": True, "actor_loss": "filtered_clone"}, "--token-baseline")])
 def test_settings_without_a_meaning_are_one_line(flags, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -9,7 +9,9 @@ import json
 
 import pytest
 import torch
+import transformers
 
+from algos import archer
 from conftest import CHATML, ROOT, Script, byte_tokenizer, random_model, streams
 from envs.episodes import Turn
 from policies import load_policy
@@ -178,6 +180,21 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient(fo
         assert len(passes) == 1 + flag
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().sum() > 0
+
+
+def test_a_model_of_another_family(tmp_path, capsys):
+    """OPT: dropout in its layers, which checkpointing sets to training, and layers in another place."""
+    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=2, dropout=0.5, max_position_embeddings=2048))
+    Policy(model, tokenizer, "cpu").save(tmp_path / "opt")
+    policy = load_policy(RunArgs(model=str(tmp_path / "opt"), gradient_checkpointing=True))
+    tokens = torch.arange(60, 80)[None]
+    assert torch.equal(policy.forward(tokens), policy.forward(tokens))
+    with pytest.raises(SystemExit):
+        archer.main(archer.Args(model=str(tmp_path / "opt"), run_dir=str(tmp_path)))
+    assert "its layers are not where ArCHer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["st_ppo", "archer"])

@@ -34,8 +34,8 @@ def test_rollout_logprobs_equal_a_recompute_on_the_gpu(started, bf16, tolerance)
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "algos").glob("*.py")))
 def test_every_script_trains_on_the_gpu(tmp_path, chat_folder, script, model):
     module = importlib.import_module(f"algos.{script}")
-    some = {name: value for name, value in {"kl_coefficient": 0.1, "actor_warm_up": 1}.items()
-            if hasattr(module.Args, name)}
+    some = {name: value for name, value in {
+        "kl_coefficient": 0.1, "actor_warm_up": 1, "context_limit": 1024}.items() if hasattr(module.Args, name)}
     summary = module.main(module.Args(
         device="cuda", model="tiny" if model == "tiny" else chat_folder, num_prompts=2,
         group_size=4, num_iterations=2, warm_start_steps=20, eval_episodes=8, max_turn_tokens=4,

@@ -14,9 +14,9 @@ from conftest import Script, byte_tokenizer, random_model, streams
 from envs.episodes import Episode, Turn, start_episodes
 from policies import load_policy
 from utils import (
-    Decoder, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate, expand_to_tokens,
-    make_envs, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy, token_logprobs,
-    turn_table,
+    Decoder, GrowingLayer, Policy, RunArgs, StaticDecoder, batch_logprobs, collate, collect_groups, evaluate,
+    expand_to_tokens, make_envs, micro_batches, random_stream, rollout, sample_tokens, select_rows, token_entropy,
+    token_logprobs, turn_table,
 )
 
 LAKE = "turnrl/FrozenLake-v0"
@@ -178,10 +178,28 @@ def test_a_model_with_a_sliding_window(window, monkeypatch, tmp_path, chat_polic
         num_attention_heads=2, num_key_value_heads=1, sliding_window=window, initializer_range=0.3)
     Policy(transformers.MistralForCausalLM(config), chat_policy.tokenizer, "cpu").save(tmp_path)
     policy = load_policy(RunArgs(model=str(tmp_path), compile=True))
-    batch = collate(play(policy, started), policy.device)
-    logprobs, _ = token_logprobs(policy, batch, temperature=1.3)
-    assert (logprobs - batch["old_logprobs"]).abs().max() <= 1e-4 and batch["lengths"].max() > 80
+    forced = {"max_turn_tokens": 12, "force": lambda e, used, ids: [80] * 5 if e.seed == 3 and len(ids) == 2 else []}
+    for options in ({}, forced):  # tokens put into one row leave holes in the others
+        batch = collate(play(policy, started, **options), policy.device)
+        logprobs, _ = token_logprobs(policy, batch, temperature=1.3)
+        assert (logprobs - batch["old_logprobs"]).abs().max() <= 1e-4 and batch["lengths"].max() > 80
     assert calls == [{"dynamic": True}] and policy.decode is None and not policy.static_caches
+
+
+def test_keys_and_values_may_have_different_widths():
+    layer, pieces = GrowingLayer(), []
+    for length in (3, 1, 1, 5, 1):
+        pieces.append((torch.randn(2, 1, length, 4), torch.randn(2, 1, length, 6)))
+        for got, expected in zip(layer.update(*pieces[-1]), zip(*pieces, strict=True), strict=True):
+            assert torch.equal(got, torch.cat(expected, 2))
+
+
+def test_the_turn_limit_is_no_full_context(tiny_policy, started):
+    """After one turn the context has no room for another, but nobody asks for one."""
+    envs, episodes = started(LAKE, [1])
+    tiny_policy.context_length = len(tiny_policy.prompt(episodes[0], None)[0]) + 3
+    rollout(tiny_policy, envs, episodes, streams(1), max_turns=1, max_turn_tokens=3, temperature=1.0)
+    assert episodes[0].truncated and not episodes[0].overflowed and len(episodes[0].turns) == 1
 
 
 def test_a_process_whose_prompts_do_not_fit_has_empty_tables_of_the_usual_types():
