@@ -85,7 +85,9 @@ its numbers</header>
 def colored_rows(tokenizer, batch: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> str:
     """Rows of tokens as HTML. values: for every name of a colour a (B, T), of which 0 is white."""
     lines, largest = [], {name: x.abs().max().clamp(min=1e-6) for name, x in values.items()}
-    lines.append("strongest colour: " + ", ".join(f"{n} {x:.3g}" for n, x in largest.items()))
+    lines.append("strongest colour: " + ", ".join(
+        f"ratio {x.exp():.3g} or {(-x).exp():.3g}" if name == "ratio" else f"{name} {x:.3g}"
+        for name, x in largest.items()))
     for row, length in enumerate(batch["lengths"].tolist()):
         parts, turn, ids = [], batch["turn_id"][row].tolist(), batch["tokens"][row].tolist()
         outside: list[int] = []  # tokens not sampled, since the last sampled one
