@@ -209,5 +209,7 @@ cross guess "ms_grpo=1e-4 igpo=1e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-5 arche
     --max-generated-tokens 80000
 cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${strong[@]}" \
     --env-id turnrl/FrozenLake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
+cross snake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 archer=1e-4 seeupo=3e-4" "${strong[@]}" \
+    --env-id turnrl/Snake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
 finish
 if [ ${#quick[@]} = 0 ]; then python results/report.py; fi
