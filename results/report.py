@@ -87,8 +87,8 @@ DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> result
     "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
                "clip_bias_norm_max", "gradient_scale", "approx_kl", "entropy"]}
 CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
-    "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search", "search": "search",
-    "desk": "tool desk", "guess": "twenty questions"}
+    "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search",
+    "search": "search", "desk": "tool desk", "guess": "twenty questions"}
 LEVELS = (-11, -10, -9, -8)  # returns that ArCHer's table of episodes asks for
 EPISODES = 64  # in every iteration of these runs
 LEVEL_ARMS = [*CLAIMS["archer"]["A"][2], "guess_ppo_long", *CLAIMS["archer"]["B"][2][1:]]
