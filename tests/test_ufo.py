@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
