@@ -169,24 +169,22 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, gamma: float) -> Tenso
 
 @torch.no_grad()
 def gigpo_advantages(turn_rewards: Tensor, turn_mask: Tensor, group_id: Tensor,
-                     anchors: list[list[str]], gamma: float = 0.95, weight: float = 1.0,
-                     scale: str = "group_std", cross_step: bool = False) -> Tensor:
+                     anchors: list[list[str]], gamma: float = 0.95,
+                     scale: str = "group_std") -> Tensor:
     """Episode advantage plus that of the step among steps with the same observation. GiGPO
 
     turn_rewards (E, K), turn_mask (E, K), group_id (E,), anchors: the observation before every turn
-    -> (E, K). cross_step weighs episodes by their length in the episode mean, as its code does.
+    -> (E, K), 0 after the end
     """
     rewards = torch.where(turn_mask, turn_rewards, 0.0)
-    groups, totals = (x[:, None].expand_as(rewards)[turn_mask] for x in (group_id, rewards.sum(1)))
+    groups = group_id[:, None].expand_as(rewards)[turn_mask]  # of every turn played
     episode = group_relative_advantages(rewards.sum(1), group_id, scale)[:, None]
     advantages = torch.where(turn_mask, episode, 0.0)
-    if cross_step:
-        advantages[turn_mask] = group_relative_advantages(totals, groups, scale)
     keys = list(zip(groups.tolist(), [a for row in anchors for a in row], strict=True))
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     anchor_id = torch.tensor([number[key] for key in keys], device=rewards.device)
     returns = turn_returns(rewards, turn_mask, gamma)[turn_mask]
-    advantages[turn_mask] += weight * group_relative_advantages(returns, anchor_id, scale)
+    advantages[turn_mask] += group_relative_advantages(returns, anchor_id, scale)
     return advantages
 
 
