@@ -158,6 +158,8 @@ def collect(folder: Path, algo: str):
     rows, curves, drift = [], [], []
     for summary in sorted(folder.glob(f"{algo}/*/*/summary.json")):
         arm, seed = summary.parents[1].name.rsplit("-", 1)
+        if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
+            raise SystemExit(f"{summary.parents[1]} holds two runs: delete one")
         metrics = read(summary.parent / "metrics.csv")
         evals = [row for row in metrics if row["eval_success"]]
         for row in evals:
