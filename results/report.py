@@ -280,6 +280,8 @@ def claim_table(algo: str, claim: str) -> str:
     """The table of a claim, and the verdicts on its first arm."""
     metric, _, arms = CLAIMS[algo][claim]
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
+    if len({tuple(column(rows, arm, "seed")) for arm in arms}) > 1:  # they are compared in pairs
+        raise SystemExit(f"results/{algo}.csv: the arms of claim {claim} have different seeds")
     values = {arm: {name: column(rows, arm, f"{metric}_{name}")
                     for name in ("start", "end", "area")} for arm in arms}
     heads = {"start": f"{metric} at start", "end": "at the end", "area": "mean over the run"}

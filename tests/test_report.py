@@ -82,6 +82,13 @@ def test_what_a_collapse_is(success, collapsed):
     assert report.is_collapsed(np.array(success)) == collapsed
 
 
+def test_arms_of_different_seeds_are_not_compared(monkeypatch):
+    rows = [row for row in report.read(ROOT / "results/ufo.csv") if (row["arm"], row["seed"]) != ("retry_turns1", "3")]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    with pytest.raises(SystemExit, match="different seeds"):
+        report.claim_table("ufo", "C1")
+
+
 def test_the_cross_table_by_hand(monkeypatch):
     """Means and deviations of two seeds; a dash where a script has no arm."""
     rows = [{"arm": arm, "seed": seed, "success_start": "0.1", "success_end": end, "generated_tokens": tokens}
