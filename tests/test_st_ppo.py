@@ -691,3 +691,12 @@ def test_what_cannot_be_trained_ends_with_one_clear_line(flags, processes, needl
         run(tmp_path, **flags)
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and needle in lines[0], lines
+
+
+def test_values_are_not_rounded_to_bf16():
+    """The network computes in bf16, its last layer in fp32: -13 has steps of 0.06 in bf16."""
+    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    critic = st_ppo.Critic(Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", bf16=True))
+    torch.nn.init.normal_(critic.head.weight)
+    values = critic({"tokens": torch.arange(40, 60)[None], "turn_id": torch.zeros(1, 20, dtype=torch.long)})[0, 1:]
+    assert values.dtype == torch.float32 and (values != values.bfloat16().float()).all()

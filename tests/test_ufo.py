@@ -916,7 +916,7 @@ def test_equal_scores_are_no_signal(tmp_path, spy):
 
 @pytest.mark.parametrize("flags,needle", [
     ({"env_id": "turnrl/FrozenLake-v0"}, "turnrl/FrozenLake-v0"),
-    ({"env_id": "tests/Mute-v0"}, "info['submitted']"), ({"env_kwargs": '{"max_answers": 3}'}, "are --max-turns"),
+    ({"env_id": "tests/Mute-v0"}, "info['submitted']"), ({"env_kwargs": '{"max_answers": 3}'}, "--eval-turns set max_answers"),
     ({"group_size": 1}, "--group-size 1")])
 def test_what_cannot_be_trained_ends_with_one_clear_line(flags, needle, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
