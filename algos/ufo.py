@@ -382,7 +382,7 @@ def main(args: Args) -> dict[str, float]:
             stop(f"--env-id {args.env_id}: UFO needs to know what was answered, and the "
                  "environment has no info['submitted']")
         if {"max_answers", "feedback"} & json.loads(args.env_kwargs).keys():
-            stop("--env-kwargs: --max-turns, --eval-turns set max_answers, --feedback sets feedback")
+            stop("--env-kwargs: --max-turns, --eval-turns set max_answers, --feedback feedback")
         # the environment is told how many answers it allows, in training and in evaluation
         training, playing = (dataclasses.replace(args, max_turns=answers, env_kwargs=json.dumps(
             json.loads(args.env_kwargs) | {"max_answers": answers, "feedback": args.feedback}))
