@@ -17,20 +17,121 @@ import torch
 import torch.distributed as dist
 import tqdm
 import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from envs.episodes import Episode, demonstrations
+from envs.episodes import Episode, Turn, demonstrations
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
-    DEMONSTRATE, Policy, RunArgs, collate, make_envs, micro_batches, optimizer_step, quiet,
-    random_stream, rank, reason, select_rows, stop, token_logprobs, world_size,
+    DEMONSTRATE, RunArgs, collate, make_envs, micro_batches, optimizer_step, quiet, random_stream,
+    rank, reason, select_rows, stop, token_logprobs, world_size,
 )
 
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_policy(args: RunArgs, history_turns: int | None = None,
-                env: gym.Env | None = None) -> Policy:
+class Policy:
+    """A causal language model, its tokenizer, and how its chat template writes a conversation.
+
+    A conversation in tokens is: head, observation, tail, ANSWER, end_id, between, observation,
+    tail, ANSWER, ... where only ANSWER and (normally) end_id are sampled. It is append-only:
+    what was sampled is never decoded and encoded again.
+
+    history_turns None keeps the whole history in one growing row; n starts a new row each turn that
+    shows the last n turns before the current observation.
+    """
+
+    history_turns: int | None = None
+    max_turn_tokens = 8
+
+    def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False):
+        self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
+        self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
+        self.context_length = model.config.max_position_embeddings
+        layers = transformers.DynamicCache(config=model.config).layers
+        flags = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in flags else "past_key_values"  # transformers < 5.24
+        self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
+
+        def render(*messages: tuple[str, str]) -> str:
+            chat = [{"role": role, "content": content} for role, content in messages]
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+        question, answer = "QUESTION_MARK", "ANSWER_MARK"
+        system = [("system", instructions)] if instructions else []
+        try:
+            first = render(*system, ("user", question))
+        except Exception:  # a template without a system role: the rules open the first message
+            first = render(("user", f"{instructions}\n\n{question}"))
+        dialogue = render(("user", question), ("assistant", answer), ("user", question))
+        head, _, tail = first.rpartition(question)
+        between = dialogue.partition(answer)[2].partition(question)[0]
+        self.head, self.tail, between = (tokenizer(text, add_special_tokens=False)["input_ids"]
+                                         for text in (head, tail, between))
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        if not between or between[0] not in special:
+            raise ValueError("its chat template does not end an answer with a special token")
+        self.end_id, self.between = between[0], between[1:]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of outside text, which cannot contain a special token."""
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return self.tokenizer(text, **options)["input_ids"]
+
+    def prompt(self, episode: Episode) -> tuple[list[int], bool]:
+        """The tokens to feed before the next turn, and whether they start a new row."""
+        observation, turns = self.encode(episode.observation) + self.tail, episode.turns
+        if turns and self.history_turns is None:
+            return self.close(turns[-1]) + observation, False
+        ids = list(self.head)
+        for turn in turns[-self.history_turns:] if self.history_turns else []:
+            ids += self.encode(turn.observation) + self.tail
+            ids += self.remember(turn) + self.close(turn)
+        return ids + observation, True
+
+    def remember(self, turn: Turn) -> list[int]:
+        """What a later row shows of an earlier answer: all of it."""
+        return turn.token_ids
+
+    def close(self, turn: Turn) -> list[int]:
+        """What lies between an answer and the next observation; a turn cut by its cap is ended."""
+        return [self.end_id] * (turn.token_ids[-1] != self.end_id) + self.between
+
+    def turn_cap(self, episode: Episode, used: int) -> int:
+        """How many tokens the next turn may have, after `used` tokens of context."""
+        return self.max_turn_tokens
+
+    def force(self, episode: Episode, used: int, token_ids: list[int]) -> list[int]:
+        """What to put in, unsampled, after these tokens of the turn."""
+        return []
+
+    def action(self, token_ids: list[int]) -> str:
+        """What an answer says to the environment."""
+        ids = token_ids[:-1] if token_ids[-1:] == [self.end_id] else token_ids
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def autocast(self):
+        """The precision of the passes: bf16, or fp32 throughout."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def forward(self, tokens: Tensor, cache: transformers.Cache | None = None, **kwargs) -> Tensor:
+        """The logits (B, T or fewer, V), in fp32."""
+        self.model.eval()
+        for layer in self.checkpointed:  # what is recomputed cannot fill a cache
+            layer.training = cache is None
+        if cache is not None:
+            kwargs[self.cache_name] = cache
+        with self.autocast():
+            return self.model(tokens, use_cache=cache is not None, **kwargs).logits.float()
+
+    def save(self, folder: Path):
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | None = None,
+                kind: type[Policy] = Policy) -> Policy:
     """The policy that `--model` names, as it is before any reinforcement learning.
 
     The tiny model's demonstrations are played in env, by default a new environment.
@@ -43,7 +144,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        policy = Policy(model, tokenizer, args.device,
+        policy = kind(model, tokenizer, args.device,
                         "" if tokenizer.chat_template == TINY_TEMPLATE
                         else getattr(env.unwrapped, "instructions", ""),
                         bf16=args.device.startswith("cuda") and not tiny)
@@ -61,9 +162,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None,
         for layer in policy.checkpointed:  # its parts stay in eval mode; no dropout wakes up
             layer.training = True
             vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # sizes of rollouts; the default is 8
-        policy.compiles, policy.compiled = True, torch.compile(model, dynamic=True)
+    policy.history_turns, policy.max_turn_tokens = history_turns, args.max_turn_tokens
     return policy
 
 
@@ -96,7 +195,8 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     if rank() == 0 and not folder.exists():
         policy = Policy(*make_tiny(args, [text for e in texts for pair in e for text in pair]),
                         args.device)
-        warm_start(policy, episodes, args, history_turns)
+        policy.history_turns = history_turns
+        warm_start(policy, episodes, args)
         policy.save(temporary := cache / f"{folder.name}.{os.getpid()}")
         with contextlib.suppress(OSError):  # another run may have put the same folder there
             temporary.rename(folder)
@@ -131,13 +231,13 @@ def make_tiny(args: RunArgs, texts: list[str]):
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
-def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs, history_turns: int | None):
+def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
     """Behaviour cloning: raise the log-probability of the demonstrated actions."""
     for episode in episodes:
         turns, episode.turns = episode.turns, []
         for turn in turns:  # replay, so that every prompt is built from the turns before it
             episode.observation = turn.observation
-            turn.prompt_ids, turn.starts_row = policy.prompt(episode, history_turns)
+            turn.prompt_ids, turn.starts_row = policy.prompt(episode)
             turn.token_ids = [*policy.encode(turn.action), policy.end_id]
             turn.logprobs = [0.0] * len(turn.token_ids)
             episode.turns.append(turn)

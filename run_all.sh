@@ -3,6 +3,7 @@
 # docs/figures/credit.png: results/credit.py.)
 #   ./run_all.sh            everything; about 11 hours on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
+#   ./run_all.sh --list     only says which commands these are, one line for every arm
 # SEEDS="1 2 3" (of all claims), JOBS=2 (parallel processes with one thread each; default: the cores),
 # SCRIPTS="igpo tree_grpo" and ARMS="lake_*" (all by default) may be set from outside: the rows of results/
 # that are not run again stay.
@@ -32,10 +33,14 @@ finish() {  # wait for all; 127: none is left
     done
 }
 
+if [ "${1:-}" = --list ]; then list=1; else list=; fi
+
 run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at most $jobs at a time. CLAIMS
     # is the script whose claims these are; ALGO=x runs another one.
     local claim=$1 script=${ALGO:-$1} arm=$2 seed
     shift 2
+    if [ "$list" ]; then printf '%s %s python algos/%s.py ' "$claim" "$arm" "$script"
+        if [ $# -gt 0 ]; then printf '%q ' "$@"; fi; echo; return; fi
     set -- "$@" "${quick[@]}"
     if [ "$script" = archer ]; then set -- "$@" "${quick_archer[@]}"; fi
     [[ " $scripts " == *" $claim "* && $arm == ${ARMS:-*} ]] || return 0
@@ -54,11 +59,13 @@ run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at mo
 run ms_grpo lake_aaw
 run ms_grpo lake_uniform --sampling uniform
 run ms_grpo lake_all --sampling all
+# MS-GRPO, KL: held to the start policy, which a pretrained model may need.
+run ms_grpo lake_kl --kl-coefficient 0.01
 # MS-GRPO, claim C2: what a turn is credited with, on Snake.
 run ms_grpo snake_episode --env-id turnrl/Snake-v0
 run ms_grpo snake_return_to_go --env-id turnrl/Snake-v0 --credit return_to_go
 run ms_grpo snake_step --env-id turnrl/Snake-v0 --credit step
-# UFO: answers allowed in training, feedback, decay, penalty, critic. turns5 is the default run; with one
+# UFO: answers allowed in training, feedback, decay, penalty. turns5 is the default run; with one
 # answer an episode has a third of the tokens, so more iterations for about as many tokens.
 run ufo retry_turns5
 run ufo retry_turns1 --max-turns 1 --num-iterations 240 --eval-every 40
@@ -66,7 +73,6 @@ run ufo retry_blank --feedback blank
 run ufo retry_no_penalty --repetition-penalty 0
 run ufo retry_constant --decay constant
 run ufo retry_linear --decay linear
-run ufo retry_gae --advantage gae
 # Turn budgets: what closes a thought (A; think_turn is the default run), turn limits (B).
 run turn_budget think_turn
 run turn_budget think_none --cap none
@@ -116,9 +122,9 @@ run st_ppo ladder_16 --variant ppo --num-epochs 4 --num-minibatches 4
 for variant in st_ppo s_ppo turn_ppo ppo; do
     run st_ppo late_$variant --variant $variant "${heavy[@]}" --staleness 2
 done
-run st_ppo heavy_s_triggered --variant s_ppo --clip-bias-scale triggered "${heavy[@]}"
-run st_ppo heavy_s_relative --variant s_ppo --clip-bias-scale relative "${heavy[@]}"
-run st_ppo heavy_s_step --variant s_ppo --scale-target step "${heavy[@]}"
+run st_ppo heavy_s_triggered --variant s_ppo --scale triggered "${heavy[@]}"
+run st_ppo heavy_s_relative --variant s_ppo --scale relative "${heavy[@]}"
+run st_ppo heavy_s_step --variant s_ppo --scale step "${heavy[@]}"
 run st_ppo heavy_small_rate --variant ppo --learning-rate 3e-4 "${heavy[@]}"
 run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
 run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
@@ -131,23 +137,22 @@ run seeupo desk_reverse
 run seeupo desk_natural --order natural
 run seeupo desk_random --order random
 run seeupo desk_unweighted --no-sequential-weights
-run seeupo desk_released --ratio-base before_turn --factor-clip 0.2 --advantage-clamp 3
+run seeupo desk_released --released
 run seeupo desk_gspo_8 "${together[@]}" --steps-per-turn 8
-run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio-pooling token
+run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio token
 run seeupo desk_gspo_1 "${together[@]}" --learning-rate 3e-4
-run seeupo desk_grpo_1 "${together[@]}" --learning-rate 3e-4 --ratio-pooling token
+run seeupo desk_grpo_1 "${together[@]}" --learning-rate 3e-4 --ratio token
 run seeupo question_reverse "${question[@]}"
 run seeupo question_natural "${question[@]}" --order natural
 run seeupo question_random "${question[@]}" --order random
 run seeupo question_unweighted "${question[@]}" --no-sequential-weights
 run seeupo question_gspo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6
-run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 --ratio-pooling token
+run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 --ratio token
 run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
 run seeupo desk_no_scale --advantage-scale none
 run seeupo desk_group_std --advantage-scale group_std
 # ArCHer: other scripts on the same game for as many episodes (A; guess_archer is the default run, evaluated
-# more often), what its critic is made of (B), training on the buffer of guess_archer only (C). Other seeds:
-# 1 and 2 were looked at while the critic was designed.
+# more often), what its critic is made of (B). Other seeds: 1 and 2 were looked at while it was designed.
 if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-6 7 8 9 10}; fi
 often=(--eval-every 2)
 guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150
@@ -157,21 +162,7 @@ run archer guess_archer "${often[@]}"
 ALGO=st_ppo run archer guess_ppo "${ppo[@]}" "${often[@]}" --num-iterations 20 --learning-rate 3e-4
 ALGO=ms_grpo run archer guess_ms_grpo "${guess[@]}" "${often[@]}" --num-iterations 20 --history-turns None \
     --num-prompts 16 --group-size 4 --learning-rate 1e-4
-run archer guess_clone "${often[@]}" --actor-loss filtered_clone --learning-rate 3e-4
 ALGO=st_ppo run archer guess_ppo_long "${ppo[@]}" --eval-every 5 --num-iterations 50 --learning-rate 1e-4
-finish  # the buffers of guess_archer are there
-all=$seeds
-for seeds in $all; do
-    buffer=$(compgen -G "$claims/archer/guess_archer-$seeds/*/summary.json" | head -n 1) || true
-    buffer=${buffer%/summary.json}  # empty: archer.py says that there is none
-    # 60 policy steps each, iql's after its warm-up of 8 iterations
-    offline=(--offline "$buffer" --eval-every 4 --learning-rate 1e-4 --num-iterations 20)
-    run archer offline_iql "${offline[@]}" --value-target expectile --actor-loss advantage_weighted \
-        --num-iterations 28
-    run archer offline_clone "${offline[@]}" --actor-loss filtered_clone --keep-quantile 0
-    run archer offline_best "${offline[@]}" --actor-loss filtered_clone
-done
-seeds=$all
 run archer guess_small_buffer "${often[@]}" --replay-turns 500
 run archer guess_one_critic "${often[@]}" --num-critics 1
 run archer guess_monte_carlo "${often[@]}" --value-target monte_carlo
@@ -212,4 +203,4 @@ cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${
 cross snake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 archer=1e-4 seeupo=3e-4" "${strong[@]}" \
     --env-id turnrl/Snake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
 finish
-if [ ${#quick[@]} = 0 ]; then python results/report.py; fi
+if [ ${#quick[@]} = 0 ] && [ ! "$list" ]; then python results/report.py; fi

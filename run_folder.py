@@ -1,7 +1,7 @@
 """The run folder of a script: flags, log, evaluation, checkpoints, resume, signals, curve.
 
-Nothing here is needed to understand an algorithm: a script calls run.restore once, iterates over
-run.iterations, calls run.log in every iteration and run.finish at the end.
+Nothing here is needed to understand an algorithm: a script iterates over run.iterations, calls
+run.log in every iteration and run.finish at the end.
 """
 
 import contextlib
@@ -29,21 +29,20 @@ import tqdm
 import transformers
 
 from envs.episodes import EnvironmentFault, Episode
+from policies import Policy
 from utils import (
-    Policy, RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, make_envs, quiet,
-    rank, select_rows, stop, world_size,
+    RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, evaluate, make_envs,
+    quiet, rank, select_rows, stop, world_size,
 )
 
-MAY_BE_ZERO = {"seed", "warm_start_steps", "print_samples", "degrees_of_freedom", "history_turns",
-               "forks", "final_reserve", "staleness", "actor_warm_up"}
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "max_generated_tokens", "eval_only",
-                        "save_every", "run_dir", "track", "compile", "print_samples",
+                        "save_every", "run_dir", "track", "print_samples",
                         "micro_batch_tokens", "gradient_checkpointing", "device"}
 
 
 def check_args(args: RunArgs):
     for name, value in dataclasses.asdict(args).items():
-        flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_ZERO else 1
+        flag, least = "--" + name.replace("_", "-"), 0 if name in args.may_be_zero else 1
         if type(value) is int and value < least:
             stop(f"{flag} must be at least {least}, got {value}")
         above_zero = name.endswith(("temperature", "learning_rate", "grad_norm", "std"))
@@ -216,7 +215,10 @@ class Run:
             model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
             policy.model.load_state_dict(model.state_dict())
             for name, target in state.items():
-                target.load_state_dict(saved[name])
+                if isinstance(target, list):
+                    target[:] = saved[name]
+                else:
+                    target.load_state_dict(saved[name])
             with open(self.folder / "metrics.csv", newline="") as file:
                 self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)
                              if int(row["iteration"]) <= saved["iteration"]]
@@ -232,7 +234,8 @@ class Run:
         policy.save(new)
         seconds = time.perf_counter() - self.clock
         torch.save({"iteration": int(self.rows[-1]["iteration"]), "totals": self.totals,
-                    "seconds": seconds, **{name: x.state_dict() for name, x in state.items()}},
+                    "seconds": seconds, **{name: x if isinstance(x, list) else x.state_dict()
+                                          for name, x in state.items()}},
                    new / "trainer_state.pt")
         if current.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -240,11 +243,14 @@ class Run:
         new.rename(current)
         shutil.rmtree(old, ignore_errors=True)
 
-    def iterations(self, policy: Policy, evaluation: Callable, **state) -> Iterator[int]:
-        """The iteration numbers; around them evaluates, saves, shows progress, obeys signals.
+    def iterations(self, policy: Policy, evaluation: Callable | None = None,
+                   **state) -> Iterator[int]:
+        """The iteration numbers; around them resumes, evaluates, saves, shows progress.
 
-        evaluation() returns (metrics, episodes); `state` is what a checkpoint must hold.
+        `state`: what a checkpoint must hold; evaluation() -> (metrics, episodes), if not the usual.
         """
+        self.restore(policy, **state)
+        evaluation = evaluation or (lambda: evaluate(policy, self.eval_envs, self.args))
         args, self.training, self.policy, self.shown = self.args, True, policy, False
         if not self.rows:
             self.rows.append({"iteration": 0})
@@ -278,8 +284,8 @@ class Run:
         limit = self.args.max_generated_tokens or math.inf
         return done == self.args.num_iterations or self.totals["generated_tokens"] >= limit
 
-    def log(self, iteration: int, episodes: list[Episode], metrics: dict[str, float],
-            updates: list[dict[str, float]], batch: dict[str, torch.Tensor] | None = None):
+    def log(self, iteration: int, episodes: list[Episode], updates: list[dict[str, float]],
+            batch: dict[str, torch.Tensor] | None, **metrics: float):
         """Start the row of an iteration: what the episodes were like and what the update did.
 
         updates: what each of its optimizer steps reports, of which the mean is logged (if metrics
@@ -338,7 +344,8 @@ class Run:
                             f"{metrics['return']:+.3f}  {self.rows[-1]['seconds']:.0f} s")
 
     def write(self, metrics: dict[str, float]):
-        """Add to the current row; metrics.csv is replaced as a whole."""
+        """Add to the current row (no means of nothing); metrics.csv is replaced as a whole."""
+        metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
         self.rows[-1] |= metrics | self.totals | {
             "seconds": round(time.perf_counter() - self.clock, 2)}
         if self.writes:

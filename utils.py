@@ -4,20 +4,20 @@ Axes, the same in every file: E episodes, K turns, B rows of tokens, T tokens, G
 V vocabulary. turn_id (B, T) says which turn sampled a token and is -1 on every token the policy
 did not sample (observations, chat markup, forced tokens, padding): mask = turn_id >= 0.
 
-1 Flags     2 Processes and random streams     3 Policies     4 Rollouts     5 Batches and log-probs
-6 Updates     7 Evaluation     (loading models: policies.py; run folders and logs: run_folder.py)
+1 Flags     2 Processes and random streams     3 Rollouts     4 Batches and log-probs
+5 Updates     6 Evaluation     (the policy: policies.py; run folders and logs: run_folder.py)
 """
 
-import copy
+from __future__ import annotations
+
 import dataclasses
-import inspect
+import functools
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -30,6 +30,9 @@ from transformers.cache_utils import DynamicLayer
 from envs import known_ids, make_env
 from envs.episodes import Episode, Turn, start_episodes
 from envs.text_env import EVALUATION_SEEDS
+
+if TYPE_CHECKING:
+    from policies import Policy
 
 
 # === 1. Flags ====================================================================================
@@ -63,9 +66,9 @@ class RunArgs:
     run_dir: str = "runs"  # parent of the run folder <env>__<algo>__<seed>__<time>
     resume: str | None = None  # run folder to continue, with the flags it was made with
     track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.csv
-    compile: bool = False  # torch.compile the update and, as CUDA graphs, the decoding
     gradient_checkpointing: bool = False  # compute layers twice in an update: less memory
     print_samples: int = 1  # transcripts printed at both ends of training; 0: no samples.html
+    may_be_zero: ClassVar[set[str]] = {"seed", "warm_start_steps", "print_samples"}  # others: >= 1
 
 
 def stop(message: str):
@@ -125,121 +128,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(gather_list([tensor.cpu()])).to(tensor.device)
 
 
-# === 3. Policies =================================================================================
-class Policy:
-    """A causal language model, its tokenizer, and how its chat template writes a conversation.
-
-    A conversation in tokens is: head, observation, tail, ANSWER, end_id, between, observation,
-    tail, ANSWER, ... where only ANSWER and (normally) end_id are sampled. It is append-only:
-    what was sampled is never decoded and encoded again.
-    """
-
-    def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False):
-        self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
-        self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
-        self.player = None  # the model that decodes
-        # --compile: whether to; the model that computes updates; the one that decodes one token
-        self.compiles, self.compiled, self.decode = False, None, None
-        self.static_caches: dict[tuple[int, int], transformers.StaticCache] = {}
-        self.context_length = model.config.max_position_embeddings
-        layers = transformers.DynamicCache(config=model.config).layers
-        flags = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in flags else "past_key_values"  # transformers < 5.24
-        self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
-
-        def render(*messages: tuple[str, str]) -> str:
-            chat = [{"role": role, "content": content} for role, content in messages]
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-
-        question, answer = "QUESTION_MARK", "ANSWER_MARK"
-        system = [("system", instructions)] if instructions else []
-        try:
-            first = render(*system, ("user", question))
-        except Exception:  # a template without a system role: the rules open the first message
-            first = render(("user", f"{instructions}\n\n{question}"))
-        dialogue = render(("user", question), ("assistant", answer), ("user", question))
-        head, _, tail = first.rpartition(question)
-        between = dialogue.partition(answer)[2].partition(question)[0]
-        self.head, self.tail, between = (tokenizer(text, add_special_tokens=False)["input_ids"]
-                                         for text in (head, tail, between))
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        if not between or between[0] not in special:
-            raise ValueError("its chat template does not end an answer with a special token")
-        self.end_id, self.between = between[0], between[1:]
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of outside text, which cannot contain a special token."""
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        return self.tokenizer(text, **options)["input_ids"]
-
-    def prompt(self, episode: Episode, history_turns: int | None) -> tuple[list[int], bool]:
-        """The tokens to feed before the next turn, and whether they start a new row.
-
-        history_turns None keeps the whole history in one growing row; n starts a new row each
-        turn that shows the last n turns before the current observation.
-        """
-        observation, turns = self.encode(episode.observation) + self.tail, episode.turns
-        if turns and history_turns is None:
-            return self.close(turns[-1]) + observation, False
-        ids = list(self.head)
-        for turn in turns[-history_turns:] if history_turns else []:
-            ids += self.encode(turn.observation) + self.tail
-            ids += self.remember(turn) + self.close(turn)
-        return ids + observation, True
-
-    def remember(self, turn: Turn) -> list[int]:
-        """What a later row shows of an earlier answer: all of it."""
-        return turn.token_ids
-
-    def close(self, turn: Turn) -> list[int]:
-        """What lies between an answer and the next observation; a turn cut by its cap is ended."""
-        return [self.end_id] * (turn.token_ids[-1] != self.end_id) + self.between
-
-    def forward(self, tokens: Tensor, cache: transformers.Cache | None = None, **kwargs) -> Tensor:
-        """The logits (B, T or fewer, V), in fp32; with a cache, of the model that decodes."""
-        decoding, model = cache is not None, self.model if self.compiled is None else self.compiled
-        for layer in self.checkpointed:  # what is recomputed cannot fill a cache
-            layer.training = not decoding
-        if decoding:
-            kwargs[self.cache_name], model = cache, self.player
-            if self.decode is not None and tokens.shape[1] == 1:  # prompts have too many lengths
-                model = self.decode
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return model(tokens, use_cache=decoding, **kwargs).logits.float()
-
-    def static_cache(self, rows: int, length: int) -> transformers.StaticCache:
-        """An empty cache, always the same one for a size: a CUDA graph knows its address."""
-        if (rows, length) not in self.static_caches:
-            self.static_caches[rows, length] = transformers.StaticCache(
-                config=self.model.config, max_cache_len=length)
-        self.static_caches[rows, length].reset()
-        return self.static_caches[rows, length]
-
-    @torch.no_grad()
-    def decoder(self, rows: int, most_rows: int) -> "Decoder | StaticDecoder":
-        """An empty cache for so many rows, for the policy as it is now.
-
-        It ends earlier decoders, which would go on with the new weights (and, static, in the same
-        cache). most_rows: as many as any decoder of this rollout will have.
-        """
-        if self.player is None:
-            self.player = copy.deepcopy(self.model) if self.bf16 else self.model
-            for weight in self.player.parameters() if self.bf16 else ():  # buffers stay fp32
-                weight.data = weight.data.to(torch.bfloat16)
-            if self.compiles and not self.windowed:
-                self.decode = torch.compile(self.player, dynamic=False, mode="reduce-overhead")
-        if self.player is not self.model:
-            for old, new in zip(self.player.parameters(), self.model.parameters(), strict=True):
-                old.copy_(new)
-        self.player.eval()
-        return Decoder(self, rows) if self.decode is None else StaticDecoder(self, rows, most_rows)
-
-    def save(self, folder: Path):
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-
-# === 4. Rollouts =================================================================================
+# === 3. Rollouts =================================================================================
 class GrowingLayer(DynamicLayer):
     """A cache layer with room to grow: a new token is written, what is there is not copied."""
 
@@ -261,23 +150,39 @@ class GrowingLayer(DynamicLayer):
 
 
 class Decoder:
-    """A KV cache over ragged rows: every row is fed its own number of tokens.
+    """A KV cache over ragged rows. A row is fed only those tokens that the cache does not hold yet.
 
     Rows that get fewer tokens are padded on the left. The padding stays in the cache as a hole:
     the attention mask hides it and positions count real tokens only, so the logits are exact.
     """
 
     def __init__(self, policy: Policy, rows: int):
-        self.policy, self.cache = policy, transformers.DynamicCache(config=policy.model.config)
+        self.policy = policy
+        self.clear(rows)
+
+    def clear(self, rows: int):
+        self.cache = transformers.DynamicCache(config=self.policy.model.config)
         self.cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer
                              for layer in self.cache.layers]
-        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=policy.device)  # (B, width)
+        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.policy.device)  # (B, width)
+        self.fed = [0] * rows  # how many tokens of every row the cache holds
 
-    def feed(self, pending: list[list[int]]) -> Tensor:
-        """Append tokens to every row; the logits (B, V) of the token that follows."""
-        width = max(map(len, pending))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in pending])
-        chunk = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in pending])
+    def feed(self, rows: list[list[int]], active: list[int] | None = None) -> Tensor:
+        """Feed what is new in the active rows (default: all); logits (B, V) of the token after it.
+
+        The logits of a row that is not active mean nothing.
+        """
+        active = list(range(len(rows))) if active is None else active
+        # a sliding window counts holes as tokens, and a recurrent layer goes on by one token only
+        if self.policy.windowed and any(len(rows[n]) - self.fed[n] != 1 for n in active):
+            self.clear(len(rows))
+            active = list(range(len(rows)))
+        new: list[list[int]] = [[] for _ in rows]
+        for n in active:
+            new[n], self.fed[n] = rows[n][self.fed[n]:], len(rows[n])
+        width = max(map(len, new))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in new])
+        chunk = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
         self.mask = torch.cat([self.mask, chunk.to(self.mask.device)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         return self.policy.forward(ids.to(self.mask.device), attention_mask=self.mask,
@@ -288,49 +193,7 @@ class Decoder:
         """Drop all other rows, in place."""
         index = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(index)
-        self.mask = self.mask[index]
-
-
-MIN_STATIC_CACHE = 256  # columns
-
-
-class StaticDecoder:
-    """A Decoder for --compile: everything keeps its shape, so that one token is one CUDA graph.
-
-    The number of rows is a power of 2. Dropped rows stay behind and get holes. When the cache is
-    full (of holes, mostly), all tokens are fed once more, into one with room for as many again.
-    """
-
-    def __init__(self, policy: Policy, rows: int, most_rows: int):
-        self.policy, self.rows = policy, list(range(rows))
-        self.history: list[list[int]] = [[] for _ in range(2 ** (most_rows - 1).bit_length())]
-        self.mask, self.width = torch.zeros(len(self.history), 0, dtype=torch.long), 0
-
-    def feed(self, pending: list[list[int]]) -> Tensor:
-        """Append tokens to every row; the logits (B, V) of the token that follows."""
-        new: list[list[int]] = [[] for _ in self.history]
-        for row, ids in zip(self.rows, pending, strict=True):
-            new[row] = ids
-            self.history[row] = self.history[row] + ids
-        if self.width + max(map(len, new)) > self.mask.shape[1]:
-            new, self.width = [ids or [0] for ids in self.history], 0  # no row without a token
-            length = max(MIN_STATIC_CACHE, 2 ** (2 * max(map(len, new)) - 1).bit_length())
-            self.cache = self.policy.static_cache(len(new), length)
-            self.mask = torch.zeros(len(new), length, dtype=torch.long, device=self.policy.device)
-        width = max(map(len, new))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in new])
-        chunk = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
-        self.mask[:, self.width : self.width + width] = chunk.to(self.mask.device)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, self.width : self.width + width]
-        self.width += width
-        logits = self.policy.forward(ids.to(self.mask.device), attention_mask=self.mask,
-                                     position_ids=positions, cache=self.cache, logits_to_keep=1)
-        return logits[self.rows, -1]
-
-    def keep(self, rows: list[int]):
-        """Drop all other rows, in place."""
-        self.rows = [self.rows[row] for row in rows]
-        self.history = [ids if row in self.rows else [] for row, ids in enumerate(self.history)]
+        self.mask, self.fed = self.mask[index], [self.fed[n] for n in rows]
 
 
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,7 +209,9 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def make_envs(args: RunArgs, count: int, evaluation: bool = False) -> list[gym.Env]:
+def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False) -> list[gym.Env]:
+    """By default one for every training episode of this process."""
+    count = args.num_prompts * args.group_size // world_size() if count is None else count
     try:
         kwargs = json.loads(args.env_kwargs)
         return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
@@ -357,97 +222,93 @@ def make_envs(args: RunArgs, count: int, evaluation: bool = False) -> list[gym.E
 
 
 @torch.no_grad()
+def sample_answers(decoder: Decoder, rows: list[list[int]], turns: list[Turn], caps: list[int],
+                   uniforms: Tensor, temperature: float,
+                   forces: list[Callable[[list[int]], list[int]]] | None = None):
+    """Let the policy answer every row, in lock-step. Rows and turns grow by the tokens.
+
+    caps: the most tokens of each answer; uniforms (B, largest cap) in [0, 1); forces: for each row
+    a function that says which unsampled tokens must follow the answer so far
+    """
+    def put_in(n: int):
+        turn, ids = turns[n], forces[n](turns[n].token_ids) if forces else []
+        turn.forced.update(range(len(turn.token_ids), len(turn.token_ids) + len(ids)))
+        turn.token_ids += ids
+        turn.logprobs += [0.0] * len(ids)
+        rows[n] += ids
+
+    active = list(range(len(rows)))
+    for n in active:
+        put_in(n)
+    with decoder.policy.autocast():  # around all tokens: it keeps the weights that it has rounded
+        for step in range(max(caps)):
+            logits = decoder.feed(rows, active if step else None)  # (B, V)
+            drawn = sample_tokens(logits, temperature, uniforms[:, step])
+            tokens, logprobs = (x.tolist() for x in drawn)
+            for n in active:
+                turns[n].token_ids.append(tokens[n])
+                turns[n].logprobs.append(logprobs[n])
+                rows[n].append(tokens[n])
+                put_in(n)
+            active = [n for n in active if turns[n].token_ids[-1] != decoder.policy.end_id
+                      and len(turns[n].token_ids) < caps[n]]
+            if not active:  # rows that are done wait behind holes
+                return
+
+
+@torch.no_grad()
 def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
-            rngs: list[np.random.Generator], *, max_turns: int,
-            max_turn_tokens: int | Callable[[Episode, int], int], temperature: float,
-            history_turns: int | None = None,
-            force: Callable[[Episode, int, list[int]], list[int]] | None = None) -> list[Episode]:
+            rngs: list[np.random.Generator], max_turns: int, temperature: float) -> list[Episode]:
     """Play every episode on to its end, in lock-step, and return the same list.
 
     An episode may already have turns (a fork): it goes on from there. Each draws from its own
-    generator, so what it samples does not depend on the other rows. history_turns is that of
-    Policy.prompt. Budgets, with the number of tokens before the turn: max_turn_tokens(episode,
-    used), and force(episode, used, token_ids), the tokens to put in, unsampled, after those of the
-    turn so far.
+    generator, so what it samples does not depend on the other rows. What a turn is shown, how long
+    it may be and what is put into it is up to the policy (prompt, turn_cap, force).
     """
     live, decoder = list(range(len(episodes))), None
-    prompts, used, caps, unfed = {}, {}, {}, {}
+    rows, turns, caps = [episode.row() for episode in episodes], {}, {}
     while True:
         # 1. the next prompts; an episode whose next turn does not fit into the context is truncated
-        for episode, i in ((episodes[i], i) for i in live if not episodes[i].done):
-            prompts[i] = ids, starts_row = policy.prompt(episode, history_turns)
-            used[i] = len(ids) + (0 if starts_row else len(episode.row()))
-            caps[i] = (max_turn_tokens(episode, used[i]) if callable(max_turn_tokens)
-                       else max_turn_tokens)
-            full = caps[i] < 1 or used[i] + caps[i] > policy.context_length
+        for i in (i for i in live if not episodes[i].done):
+            episode = episodes[i]
+            prompt, starts_row = policy.prompt(episode)
+            rows[i] = ([] if starts_row else rows[i]) + prompt
+            turns[i] = Turn(episode.observation, "", prompt, starts_row)
+            caps[i] = policy.turn_cap(episode, len(rows[i]))
+            full = caps[i] < 1 or len(rows[i]) + caps[i] > policy.context_length
             episode.truncated = full or len(episode.turns) >= max_turns
             episode.overflowed = full and len(episode.turns) < max_turns
-        rows = [row for row, i in enumerate(live) if not episodes[i].done]
-        if not rows:
+        going = [n for n, i in enumerate(live) if not episodes[i].done]
+        if not going:
             return episodes
-        dropped, live = len(live) - len(rows), [live[row] for row in rows]
-        # 2. feed them: to the cache that holds the history, or to a new one (also for a model with
-        # a sliding window, which would count the holes of a cache as tokens)
-        if decoder is None or history_turns is not None or policy.windowed:
-            decoder = policy.decoder(len(live), len(episodes))
-            pending = [prompts[i][0] if prompts[i][1] else episodes[i].row() + prompts[i][0]
-                       for i in live]
-        else:
-            if dropped:
-                decoder.keep(rows)
-            pending = [unfed[i] + prompts[i][0] for i in live]
-        token_ids = [force(episodes[i], used[i], []) if force else [] for i in live]
-        forced = [set(range(len(ids))) for ids in token_ids]
-        logprobs = [[0.0] * len(ids) for ids in token_ids]
-        logits = decoder.feed([a + b for a, b in zip(pending, token_ids, strict=True)])  # (B, V)
-        # 3. sample until every row has ended its turn; rows that are done wait behind holes
+        # 2. a new cache, or the one that holds the history
+        if decoder is None or policy.history_turns is not None:
+            decoder = Decoder(policy, len(going))
+        elif len(going) < len(live):
+            decoder.keep(going)
+        live = [live[n] for n in going]
+        # 3. the policy answers
         cap = max(caps[i] for i in live)
+        forces = [functools.partial(policy.force, episodes[i], len(rows[i])) for i in live]
         uniforms = torch.tensor(np.stack([
             np.pad(rngs[i].random(caps[i]), (0, cap - caps[i])) for i in live]))  # (B, cap)
-        active = list(range(len(live)))
-        for step in range(cap):
-            drawn = sample_tokens(logits, temperature, uniforms[:, step])
-            tokens, chosen = (x.tolist() for x in drawn)
-            for row in active:
-                ids, i = token_ids[row], live[row]
-                ids.append(tokens[row])
-                put_in = force(episodes[i], used[i], ids) if force else []
-                forced[row].update(range(len(ids), len(ids) + len(put_in)))
-                ids += put_in
-                logprobs[row] += [chosen[row]] + [0.0] * len(put_in)
-                unfed[i] = [tokens[row], *put_in]
-            active = [row for row in active if token_ids[row][-1] != policy.end_id
-                      and len(token_ids[row]) < caps[live[row]]]
-            if not active:
-                break
-            fed = [unfed[i] if row in active else [] for row, i in enumerate(live)]
-            if policy.windowed and len({len(fed[row]) for row in active}) > 1:  # again: no holes
-                decoder = policy.decoder(len(live), len(episodes))
-                fed = [a + b for a, b in zip(pending, token_ids, strict=True)]
-            logits = decoder.feed(fed)
-        # 4. the environments answer
-        for row, i in enumerate(live):
-            ids = token_ids[row][:-1] if token_ids[row][-1] == policy.end_id else token_ids[row]
-            text = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            episodes[i].answer(envs[i], Turn(
-                episodes[i].observation, text, *prompts[i], token_ids=token_ids[row],
-                logprobs=logprobs[row], forced=forced[row]))
+        sample_answers(decoder, [rows[i] for i in live], [turns[i] for i in live],
+                       [caps[i] for i in live], uniforms, temperature, forces)
+        # 4. the environments react
+        for i in live:
+            turns[i].action = policy.action(turns[i].token_ids)
+            episodes[i].answer(envs[i], turns[i])
 
 
-def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs, iteration: int,
-                   history_turns: int | None = None, **budget) -> list[Episode]:
-    """This process's share of num_prompts groups; the G episodes of a group are neighbours.
-
-    budget: max_turn_tokens and force of rollout.
-    """
+def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs,
+                   iteration: int) -> list[Episode]:
+    """This process's share of num_prompts groups; the G episodes of a group are neighbours."""
     seeds = random_stream(args.seed, PROMPTS, iteration).integers(
         EVALUATION_SEEDS, size=args.num_prompts).repeat(args.group_size)
     share = range(rank() * len(envs), (rank() + 1) * len(envs))
     episodes = rollout(policy, envs, start_episodes(envs, [seeds[i] for i in share]),
                        [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
-                       max_turns=args.max_turns, temperature=args.temperature,
-                       history_turns=history_turns,
-                       **{"max_turn_tokens": args.max_turn_tokens, **budget})
+                       args.max_turns, args.temperature)
     if not all_reduce_sum(torch.tensor(sum(len(e.turns) for e in episodes))):
         stop(f"no prompt leaves room to answer in the model's context of {policy.context_length} "
              "tokens")
@@ -466,12 +327,16 @@ def refresh_logprobs(policy: Policy, episodes: list[Episode], args: RunArgs):
                              for position in range(len(turn.token_ids))]
 
 
-# === 5. Batches and log-probs ====================================================================
+# === 4. Batches and log-probs ====================================================================
 # A batch is a dict of tensors with one row per entry: tokens, turn_id, old_logprobs (B, T),
 # episode_id, lengths (B,), and whatever an algorithm adds. Rows are padded on the right: a causal
 # model never looks there, so no attention mask is needed.
-def collate(episodes: list[Episode], device: torch.device) -> dict[str, Tensor]:
-    """Episodes to padded rows; episode_id is the position in `episodes`."""
+def collate(episodes: list[Episode], device: torch.device,
+            credit: Tensor | None = None) -> dict[str, Tensor]:
+    """Episodes to padded rows; episode_id is the position in `episodes`.
+
+    credit (E, K): what every turn is credited with becomes "advantages" (B, T).
+    """
     rows: list[dict[str, Any]] = []
     for episode_id, episode in enumerate(episodes):
         for k, turn in enumerate(episode.turns):
@@ -490,9 +355,12 @@ def collate(episodes: list[Episode], device: torch.device) -> dict[str, Tensor]:
         return torch.tensor(padded, dtype=dtype, device=device).reshape(len(rows), width)
 
     ids = torch.tensor([row["episode_id"] for row in rows], dtype=torch.long, device=device)
-    return {"tokens": pad("tokens", 0, torch.long), "turn_id": pad("turn_id", -1, torch.long),
-            "old_logprobs": pad("logprobs", 0.0, torch.float), "episode_id": ids,
-            "lengths": torch.tensor(lengths, dtype=torch.long, device=device)}
+    batch = {"tokens": pad("tokens", 0, torch.long), "turn_id": pad("turn_id", -1, torch.long),
+             "old_logprobs": pad("logprobs", 0.0, torch.float), "episode_id": ids,
+             "lengths": torch.tensor(lengths, dtype=torch.long, device=device)}
+    if credit is not None:
+        batch["advantages"] = expand_to_tokens(credit, batch["turn_id"], ids)
+    return batch
 
 
 def turn_table(episodes: list[Episode], value: Callable[[Turn], float],
@@ -506,7 +374,12 @@ def turn_table(episodes: list[Episode], value: Callable[[Turn], float],
 
 
 def expand_to_tokens(turn_values: Tensor, turn_id: Tensor, episode_id: Tensor) -> Tensor:
-    """turn_values (E, K), turn_id (B, T), episode_id (B,) -> (B, T), 0 where turn_id is -1."""
+    """turn_values (E, K), turn_id (B, T), episode_id (B,) -> (B, T), 0 where turn_id is -1.
+
+    >>> turn_id = torch.tensor([[-1, 0, 0, -1, 1]])  # two observations, an answer after each
+    >>> expand_to_tokens(torch.tensor([[0.5, -2.0]]), turn_id, torch.tensor([0]))
+    tensor([[ 0.0000,  0.5000,  0.5000,  0.0000, -2.0000]])
+    """
     values = turn_values[episode_id].gather(1, turn_id.clamp(min=0))  # (B, T)
     return torch.where(turn_id >= 0, values, 0.0)
 
@@ -546,12 +419,34 @@ def batch_logprobs(policy: Policy, batch: dict[str, Tensor],
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """logits (.., V), -inf allowed -> entropy (..) in nats, differentiable."""
+    """logits (.., V), -inf allowed -> entropy (..) in nats, differentiable.
+
+    >>> token_entropy(torch.tensor([0.0, 0.0, -math.inf]))  # two equal choices: ln 2
+    tensor(0.6931)
+    """
     logprobs = logits - logits.logsumexp(-1, keepdim=True)
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(-1)
 
 
-# === 6. Updates ==================================================================================
+# === 5. Updates ==================================================================================
+def minibatches(group_id: Tensor, credit: Tensor, count: int) -> Iterator[Tensor]:
+    """This process's episodes of every minibatch that has something to learn from.
+
+    group_id (E,), credit (E, K). The groups of all processes are dealt out in turn.
+    """
+    number = group_id + rank() * (int(group_id.max()) + 1)
+    for part in range(count):
+        chosen = (number % count == part).nonzero()[:, 0]
+        if all_reduce_sum(credit[chosen].abs().sum()):
+            yield chosen
+
+
+def over_processes(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers to log, summed over all processes."""
+    totals = all_reduce_sum(torch.tensor([float(x) for x in sums.values()]))
+    return dict(zip(sums, totals.tolist(), strict=True))
+
+
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Split the rows, like lengths together, into parts of at most max_tokens padded tokens."""
     part: list[int] = []
@@ -583,7 +478,7 @@ def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max
     return norm
 
 
-# === 7. Evaluation ===============================================================================
+# === 6. Evaluation ===============================================================================
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
     """Means over the episodes, or turns, of all processes, if there are any."""
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -598,12 +493,17 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
         values, all_reduce_sum(sums).tolist(), strict=True) if count}
 
 
-def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
-             history_turns: int | None = None,
-             **budget) -> tuple[dict[str, float], list[Episode]]:
+def groups_without_signal(credit: Tensor, group_size: int) -> float:
+    """The share of the groups, of all processes, in which every advantage is 0; credit (E, K)."""
+    silent = credit.reshape(len(credit) // group_size, -1).abs().amax(1) == 0
+    return all_gather(silent).double().mean().item()
+
+
+def evaluate(policy: Policy, envs: list[gym.Env],
+             args: RunArgs) -> tuple[dict[str, float], list[Episode]]:
     """One episode on each held-out seed, sampled at the evaluation temperature.
 
-    The processes share the seeds: metrics of all, episodes of this one. budget: see collect_groups.
+    The processes share the seeds: metrics of all, episodes of this one.
     """
     episodes: list[Episode] = []
     share = range(args.eval_episodes)[rank() :: world_size()]
@@ -612,7 +512,5 @@ def evaluate(policy: Policy, envs: list[gym.Env], args: RunArgs,
         started = start_episodes(envs[: len(index)], [EVALUATION_SEEDS + i for i in index])
         episodes += rollout(policy, envs, started,
                             [random_stream(args.seed, EVALUATE, i) for i in index],
-                            max_turns=args.max_turns, temperature=args.eval_temperature,
-                            history_turns=history_turns,
-                            **{"max_turn_tokens": args.max_turn_tokens, **budget})
+                            args.max_turns, args.eval_temperature)
     return episode_metrics(episodes), episodes

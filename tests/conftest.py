@@ -16,8 +16,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from envs.episodes import start_episodes
-from policies import make_tiny
-from utils import Policy, RunArgs, random_stream
+from policies import Policy, make_tiny
+from utils import RunArgs, random_stream
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
