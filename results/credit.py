@@ -49,38 +49,34 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
     last = TURN_MASK & (torch.arange(4) == NUM_TURNS[:, None] - 1)
     rewards = torch.where(last, SCORES[:, None], 0.0)  # (E, K)
     args = ms_grpo.Args()
-    credit = ms_grpo.turn_advantages(rewards, TURN_MASK, GROUP, args.credit, args.scale,
-                                     args.degrees_of_freedom)
+    credit = ms_grpo.turn_advantages(rewards, TURN_MASK, GROUP, args.credit)
     add("MS-GRPO", credit, "all turns: better than the siblings")
 
     args = ufo.Args()  # every turn counts as one more answer
     decayed = ufo.decayed_success(SCORES > 0, NUM_TURNS.float(), args.decay, args.decay_base)
-    add("UFO", ufo.group_advantages(decayed, GROUP, NUM_TURNS, 4, args.group_baseline),
+    relative = ufo.group_relative_advantages(decayed, GROUP)
+    add("UFO", torch.where(TURN_MASK, relative[:, None], 0.0),
         "a late success is worth less: 1/8, a sibling 1/4")
 
-    args = turn_budget.Args()
-    scores = turn_budget.score_episodes(SCORES, TURN_MASK.float(), NUM_TURNS, TURN_MASK, args)
-    relative = turn_budget.group_relative_advantages(scores, GROUP)
+    relative = turn_budget.group_relative_advantages(SCORES, GROUP)
     forced = torch.tensor([turn == 1 and text == "end" for text, turn in CELLS])
     add("turn budget", torch.where(TURN_MASK, relative[:, None], 0.0),
-        "the cap put in this end: not trained", MASK & ~forced)
+        "the end of turn 1 came from the cap: not trained", MASK & ~forced)
 
     args = igpo.Args()
     beliefs = torch.tensor([[-3.0, -1.5, -1.6, -0.2], [-3.0, -1.5, 0, 0], [-3.0, -3.1, -2.9, 0],
                             [-3.0, -1.5, -0.2, 0]])  # log-probability of the right answer
     gains = igpo.information_gain(beliefs, TURN_MASK)
-    turn_rewards = igpo.normalize_rewards(gains, SCORES, TURN_MASK, GROUP, args.normalization,
-                                          args.degrees_of_freedom, args.reward_source)
-    add("IGPO", igpo.turn_returns(turn_rewards, TURN_MASK, args.gamma),
+    turn_rewards = igpo.turn_rewards(gains, SCORES, TURN_MASK, GROUP, args.reward_source)
+    add("IGPO", igpo.turn_returns(turn_rewards, TURN_MASK, args.discount),
         "belief rose by 1.5, -0.1, 1.4; later turns add up")
 
     args = tree_grpo.Args()
     entropies = of_tokens([1.2, 0.9, 0.1, 0.05, 0.8, 1.4, 1.3, 0.1,
                            0.6, 0.2, 0.1, 0.02, 0.5, 0.3, 0.01])
-    threshold = tree_grpo.entropy_threshold(entropies[MASK], args.keep_top_entropy,
-                                            args.entropy_rule)
+    threshold = entropies[MASK].quantile(1 - args.keep_top_entropy)
     tree_id = torch.tensor([0, 0, 1, 1])
-    leaves = tree_grpo.tree_advantages(SCORES, tree_id, GROUP, args.advantage, args.singleton)
+    leaves = tree_grpo.tree_advantages(SCORES, tree_id, GROUP, args.advantage)
     add("Tree-GRPO", torch.where(TURN_MASK, leaves[:, None], 0.0),
         "in the tree and in the group; unsure tokens only", MASK & (entropies >= threshold))
 
@@ -91,30 +87,30 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
     for turn_values in ([0.35, 0.5], [0.35, 0.3, 0.25], [0.35, 0.6, 0.9]):
         turns, value = torch.arange(len(turn_values)), torch.tensor(turn_values)
         rows.append((turns.repeat_interleave(4)[None], value.repeat_interleave(4)[None]))
-    pool = []  # advantages of all sampled tokens, the shown episode's first
+    found_by_row = []
     for (turn_id, value), paid in zip(rows, rewards, strict=True):
-        advantages, _ = st_ppo.gae_advantages(st_ppo.place_turn_rewards(paid[None], turn_id), value,
-                                              turn_id >= 0, args.discount, args.gae_lambda)
-        pool.append(advantages[turn_id >= 0])
-    white = st_ppo.whiten(torch.cat(pool))[: len(pool[0])]
+        token_rewards = st_ppo.place_turn_rewards(paid[None], turn_id)
+        advantages, _ = st_ppo.gae_advantages(token_rewards, value, turn_id >= 0, args.discount,
+                                              args.gae_lambda)
+        found_by_row.append(advantages[turn_id >= 0])
+    pool = torch.cat(found_by_row)[None]  # (1, N) of all sampled tokens, the shown episode's first
+    white = st_ppo.whiten(pool, torch.ones_like(pool, dtype=torch.bool))[0, : len(found_by_row[0])]
     add("ST-PPO", of_tokens(white.tolist()), "outcome minus the critic's expectation, whitened")
 
     args = seeupo.Args()
-    worth = seeupo.task_reward(SCORES, torch.zeros(4, dtype=torch.bool), args.reward_mapping)
-    advantages = seeupo.scale_by_batch(seeupo.group_relative_advantages(worth, GROUP, "none"),
-                                       args.advantage_scale, args.advantage_clamp)
-    log_ratio = expand_to_tokens(torch.tensor([[0.0, -0.1, 0.05, 0.1]]), TURN_ID, first)
+    worth = seeupo.task_reward(SCORES, torch.zeros(4, dtype=torch.bool))
+    advantages = seeupo.scaled_advantages(worth, len(SCORES), args.advantage_scale)
+    log_ratio = torch.tensor([0.0, -0.1, 0.05, 0.1])  # of the shown episode's turns
     running, credit = torch.ones(4), torch.zeros(4, 4)
     for [turn] in seeupo.turn_order(4, args.order, random_stream()):
         credit[:, turn] = advantages * running
-        factor = seeupo.turn_factor(log_ratio, TURN_ID, turn, args.ratio_pooling)
-        running = seeupo.multiply_weights(running, factor, first, args.factor_clip)
+        running = seeupo.multiply_weights(running, log_ratio[turn, None], first)
     add("SeeUPO", credit, "times the ratios of later turns: 1.11, 1.05, 0.90")
 
     q = torch.tensor([[0.55, 0.6], [0.5, 0.4], [0.85, 0.9], [1.0, 0.95]])  # (K, J)
     v = torch.tensor([[0.5, 0.45], [0.6, 0.55], [0.55, 0.5], [0.9, 0.85]])
-    utterances = archer.utterance_advantages(q, v)
-    add("ArCHer", (utterances - utterances.mean())[None],  # D6: this episode is the whole step
+    answers = archer.answer_advantages(q, v)
+    add("ArCHer", (answers - answers.mean())[None],  # centred: this episode is the whole step
         "min Q - min V of every answer")
     return found
 

@@ -23,17 +23,36 @@ sys.path.insert(0, str(ROOT))
 from envs.twenty_questions import TwentyQuestions, ideal_return
 from results import credit
 
+ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of the default run
+    "ms_grpo": ("MS-GRPO", "2508.10839v1", "every turn gets the episode's return, compared with "
+                "its group; episodes are drawn by abs(advantage)", "episode", "frozen lake"),
+    "ufo": ("UFO", "2507.14295v2", "answer, be told only \"try again\", answer again; the reward "
+            "decays and repeats cost", "episode", "small maths problems"),
+    "turn_budget": ("turn budget", "", "each turn may think only so long in a short context; a "
+                    "hypothesis, not a paper", "episode", "sums on pages"),
+    "igpo": ("IGPO", "2510.14967v2", "a turn is rewarded by how much it raised the model's belief "
+             "in the right answer", "turn", "search questions"),
+    "tree_grpo": ("Tree-GRPO, entropy mask", "2509.21240v3 2506.01939v2", "fork episodes at their "
+                  "turns, compare the leaves; train on uncertain tokens", "leaf",
+                  "search questions"),
+    "st_ppo": ("ST-PPO, PPO", "2511.20718v1", "one ratio per turn; gradients scaled by what "
+               "clipping took from them", "token, from a critic", "order desk"),
+    "seeupo": ("SeeUPO", "2602.06554v1", "one update per turn, the last turn first",
+               "episode, times later turns' ratios", "order desk"),
+    "archer": ("ArCHer", "2402.19446v1", "a critic of whole turns learns from a replay buffer",
+               "turn, from a critic", "twenty questions")}
 CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with each of the others)
     "ms_grpo": {
         "C1": ("success", "Frozen Lake: which episodes are trained on",
                ["lake_aaw", "lake_uniform", "lake_all"]),
         "C2": ("return", "Snake: what a turn is credited with",
-               ["snake_episode", "snake_return_to_go", "snake_step"])},
+               ["snake_episode", "snake_return_to_go", "snake_step"]),
+        "KL": ("success", "Frozen Lake: held to the start policy", ["lake_aaw", "lake_kl"])},
     "ufo": {
         "C1": ("success", "answers allowed in training", ["retry_turns5", "retry_turns1"]),
-        "C2": ("success", "feedback, decay, penalty, critic",
+        "C2": ("success", "feedback, decay, penalty",
                ["retry_turns5", "retry_blank", "retry_no_penalty", "retry_linear",
-                "retry_constant", "retry_gae"])},
+                "retry_constant"])},
     "turn_budget": {
         "A": ("success", "what closes a thought",
               ["think_turn", "think_none", "think_episode", "think_turn_drop", "think_none_drop"]),
@@ -73,19 +92,17 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
               ["desk_reverse", "desk_no_scale", "desk_group_std"])},
     "archer": {
         "A": ("return", "1280 episodes: other scripts",
-              ["guess_archer", "guess_ppo", "guess_ms_grpo", "guess_clone"]),
+              ["guess_archer", "guess_ppo", "guess_ms_grpo"]),
         "B": ("return", "1280 episodes: the critic",
               ["guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
-               "guess_uncentred"]),
-        "C": ("return", "a saved buffer, no episodes",
-              ["offline_iql", "offline_clone", "offline_best"])},
+               "guess_uncentred"])},
 }
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
                for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
-    "st_ppo": ["train_success", "clip_fraction", "clip_fraction_turn", "clip_bias_norm",
-               "clip_bias_norm_max", "gradient_scale", "approx_kl", "entropy"]}
+    "st_ppo": ["train_success", "clip_fraction", "clip_bias_norm", "clip_bias_norm_max",
+               "gradient_scale", "approx_kl", "entropy"]}
 CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
     "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search",
     "search": "search", "desk": "tool desk", "guess": "twenty questions"}
@@ -120,15 +137,13 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                     "turn_limit_last": ("end", None)},
     "igpo": {"groups_of_equal_outcome": ("mean", "groups of equal outcome"),
              "groups_without_signal": ("mean", "groups without signal"),
-             "eval_turns": ("end", "turns at the end"), "eval_truncated": ("end", None),
-             "probe_share": ("mean", "time on the probe")},
+             "eval_turns": ("end", "turns at the end"), "eval_truncated": ("end", None)},
     "tree_grpo": {"leaves_per_1000_tokens": ("mean", "leaves per 1000 tokens"),
                   "row_tokens_per_sampled": ("mean", "row tokens per sampled"),
                   "groups_without_signal": ("mean", "groups without signal"),
                   "trees_without_signal": ("mean", "trees without signal"),
                   "kept_share": ("mean", "kept"), "entropy": ("end", "entropy at the end"),
-                  "entropy_kept": ("mean", None), "entropy_dropped": ("mean", None),
-                  "clip_fraction": ("mean", None)},
+                  "entropy_kept": ("mean", None), "clip_fraction": ("mean", None)},
     "st_ppo": {"clip_fraction": ("mean", "clip fraction"),
                "clip_bias_norm": ("mean", "norm of C"),
                "scaled_steps": ("mean", "scaled steps"), "gradient_scale": ("mean", None),
@@ -137,14 +152,11 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
     "seeupo": {"weights_outside": ("mean", "M / A outside 0.8 .. 1.2"),
                "ratio_drift": ("mean", "ratio drift"), "clip_fraction": ("mean", "clip fraction"),
                "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
-               "groups_without_signal": ("mean", None), "garbage": ("mean", None),
-               "weight_max": ("mean", None)},
+               "groups_without_signal": ("mean", None)},
     "archer": {"eval_invalid_actions": ("end", "invalid at the end"),
                "fresh_tokens": ("mean", "fresh tokens per iteration"),
                "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
-               "explained_variance": ("end", None), "value_gap": ("end", None),
-               "advantage_mean": ("end", None), "advantage_square": ("end", None),
-               "trained_share": ("mean", None)},
+               "advantage_mean": ("end", None), "advantage_square": ("end", None)},
 }
 
 
@@ -208,9 +220,9 @@ def is_collapsed(success: np.ndarray) -> bool:
 def collapse_table(algo: str, arms: list[str]) -> str:
     """Best and last success of every arm, how many seeds collapsed, and what the updates were."""
     curves, drift = (read(ROOT / f"results/{algo}_{name}.csv") for name in ("curves", "drift"))
-    heads = {"clip_fraction": "clip fraction", "clip_fraction_turn": "of turns",
-             "clip_bias_norm": "norm of C", "clip_bias_norm_max": "its maximum",
-             "gradient_scale": "scale s", "approx_kl": "approx. KL", "entropy": "entropy"}
+    heads = {"clip_fraction": "clip fraction", "clip_bias_norm": "norm of C",
+             "clip_bias_norm_max": "its maximum", "gradient_scale": "scale s",
+             "approx_kl": "approx. KL", "entropy": "entropy"}
     lines = ["| arm | collapsed | best 3 evaluations | last 3 | " + " | ".join(heads.values())
              + " |", "|---" * (4 + len(heads)) + "|"]
     for arm in arms:
@@ -286,7 +298,7 @@ def claim_table(algo: str, claim: str) -> str:
                     for name in ("start", "end", "area")} for arm in arms}
     heads = {"start": f"{metric} at start", "end": "at the end", "area": "mean over the run"}
     tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
-    if algo != "ms_grpo" and tokens:  # its curves hold no token counts; offline runs play nothing
+    if algo != "ms_grpo":  # its curves hold no token counts
         heads["tokens"] = f"after {tokens / 1000:.0f}k tokens"
         for arm in arms:
             values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
@@ -408,18 +420,37 @@ def replace_block(path: Path, name: str, text: str):
     path.write_text(pattern.sub(lambda match: match[1] + text + "\n" + match[2], page))
 
 
-def quick_start() -> str:
-    """results/defaults.csv, made by tests/benchmarks/defaults.py: the commands of the README."""
-    lines = ["```", "pip install -r requirements.txt"]
-    for row in read(ROOT / "results/defaults.csv"):
-        minutes = round(int(row["seconds"]) / 30) / 2
-        start, end = float(row["success_start"]), float(row["success_end"])
-        lines.append(f"{'python algos/' + row['script'] + '.py':32} # about {minutes:g} minutes on "
-                     f"{row['cores']} CPU cores: success {start:.2f} -> {end:.2f}")
-    return "\n".join([*lines, "```"])
+def default_runs() -> dict[str, dict[str, str]]:
+    """results/defaults.csv, made by tests/benchmarks/defaults.py: python algos/x.py, by script."""
+    rows = {row["script"]: row for row in read(ROOT / "results/defaults.csv")}
+    return {name: row | {"minutes": f"{round(int(row['seconds']) / 30) / 2:g}",
+                         **{f"success_{end}": f"{float(row[f'success_{end}']):.2f}"
+                            for end in ("start", "end")}} for name, row in rows.items()}
 
 
-def readme_table() -> str:
+def first_run() -> str:
+    """What README says of its second command."""
+    return ("It takes about {minutes} minutes on {cores} CPU cores. Success on maps that were not "
+            "used in training\nrises from {success_start} to {success_end}.").format(
+                **default_runs()["ms_grpo"])
+
+
+def algorithms_table() -> str:
+    """README's table of the scripts."""
+    lines = ["| algorithm | idea | credit per | script, page | default run: game, success, minutes "
+             "|", "|---|---|---|---|---|"]
+    runs = default_runs()
+    for algo, (name, papers, idea, credit_per, game) in ALGORITHMS.items():
+        length = len((ROOT / f"algos/{algo}.py").read_text().splitlines())
+        links = ", ".join(f"[{x}](https://arxiv.org/abs/{x})" for x in papers.split())
+        lines.append(
+            f"| {name} {f'({links})' if links else ''} | {idea} | {credit_per} | "
+            f"[`{algo}.py`](algos/{algo}.py) ({length} lines), [page](docs/{algo}.md) | {game}, "
+            "{success_start} → {success_end}, {minutes} |".format(**runs[algo]))
+    return "\n".join(lines)
+
+
+def results_table() -> str:
     lines = ["| script | environment | seeds | success: start | end | return: start | end "
              "| minutes |", "|---|---|---|---|---|---|---|---|"]
     for algo, arm, environment in [("ms_grpo", "lake_aaw", "Frozen Lake (default)"),
@@ -432,7 +463,7 @@ def readme_table() -> str:
                                    ("seeupo", "desk_reverse", "tool desk (default)"),
                                    ("archer", "guess_archer", "twenty questions (default)")]:
         rows = read(ROOT / f"results/{algo}.csv")
-        cells = [f"[`{algo}`](docs/{algo}.md)", environment, str(len(column(rows, arm, "seed")))]
+        cells = [f"[`{algo}`]({algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
             values = column(rows, arm, name)
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1):.3f}")
@@ -529,6 +560,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
     credit.draw(ROOT / "docs/figures/credit.png")
     collect(runs, "cross")
-    replace_block(ROOT / "README.md", "quick start", quick_start())
-    replace_block(ROOT / "README.md", "results", readme_table())
-    replace_block(ROOT / "README.md", "cross", cross_table())
+    replace_block(ROOT / "README.md", "first run", first_run())
+    replace_block(ROOT / "README.md", "algorithms", algorithms_table())
+    replace_block(ROOT / "docs/results.md", "results", results_table())
+    replace_block(ROOT / "docs/results.md", "cross", cross_table())
