@@ -209,18 +209,6 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False) -> list[gym.Env]:
-    """By default one for every training episode of this process."""
-    count = args.num_prompts * args.group_size // world_size() if count is None else count
-    try:
-        kwargs = json.loads(args.env_kwargs)
-        return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        stop(f"--env-id {args.env_id}: {reason(error)} Known: {', '.join(known_ids())}")
-    except (gym.error.Error, ValueError, TypeError) as error:
-        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {reason(error)}")
-
-
 @torch.no_grad()
 def sample_answers(decoder: Decoder, rows: list[list[int]], turns: list[Turn], caps: list[int],
                    uniforms: Tensor, temperature: float,
@@ -269,8 +257,7 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
     rows, turns, caps = [episode.row() for episode in episodes], {}, {}
     while True:
         # 1. the next prompts; an episode whose next turn does not fit into the context is truncated
-        for i in (i for i in live if not episodes[i].done):
-            episode = episodes[i]
+        for i, episode in ((i, episodes[i]) for i in live if not episodes[i].done):
             prompt, starts_row = policy.prompt(episode)
             rows[i] = ([] if starts_row else rows[i]) + prompt
             turns[i] = Turn(episode.observation, "", prompt, starts_row)
@@ -298,6 +285,18 @@ def rollout(policy: Policy, envs: list[gym.Env], episodes: list[Episode],
         for i in live:
             turns[i].action = policy.action(turns[i].token_ids)
             episodes[i].answer(envs[i], turns[i])
+
+
+def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False) -> list[gym.Env]:
+    """Environments as the flags say, by default one for every training episode of this process."""
+    count = args.num_prompts * args.group_size // world_size() if count is None else count
+    try:
+        kwargs = json.loads(args.env_kwargs)
+        return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        stop(f"--env-id {args.env_id}: {reason(error)} Known: {', '.join(known_ids())}")
+    except (gym.error.Error, ValueError, TypeError) as error:
+        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {reason(error)}")
 
 
 def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs,
