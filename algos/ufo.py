@@ -1,37 +1,42 @@
 """UFO: answer, be told only "try again", answer again; the reward decays and repeats cost.
 
-Paper: "A Simple 'Try Again' Can Elicit Multi-Turn LLM Reasoning", arXiv 2507.14295v2. An episode is
-one problem with up to K answers; the feedback is unary, one fixed sentence after a wrong answer.
+Paper: "A Simple 'Try Again' Can Elicit Multi-Turn LLM Reasoning", arXiv 2507.14295v2 [paper], and
+its repository [code]. An episode is one problem with up to K answers. The feedback is unary: after
+a wrong answer the policy reads one fixed sentence, which says no more than "wrong".
 
-    Eq. 1  decay = base**n if solved else 0     n wrong answers before the right one           [9]
-    Eq. 2  repeat = coefficient (1 - D / N)     D distinct answers out of N                    [10]
-    Eq. 3  R = decay - repeat - format_penalty * malformed turns                               [11]
-    Eq. 4  A = (R - mean_group R) / (std_group R + 1e-6)      for every turn
-    Eq. 5  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + c entropy         [8]
+    Eq. 1  decay = base**n if solved, else 0      n wrong answers before the right one   [paper 9]
+    Eq. 2  repeat = coefficient (1 - D / N)       D distinct answers out of N           [paper 10]
+    Eq. 3  R = decay - repeat - format_penalty * malformed turns                        [paper 11]
+    Eq. 4  A = (R - mean_group R) / (std_group R + 1e-6)      for every turn                [ours]
+    Eq. 5  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + c entropy   [paper 8]
 
-    R  scores (E,)      D, N  num_distinct, num_answers (E,)      w  ratio      [n] of the paper
+    R  scores (E,)      D, N  num_distinct, num_answers (E,)      w_t  ratio      t  token
 
 Changed from ms_grpo.py
-    - an episode is one row: what was tried is in the context
+    - an episode is one row: the policy sees what it has tried
     - the score is made from the answers (Eq. 1-3), not from the environment's rewards
     - every episode is trained on, none is drawn
 
 Deviations and choices
-    D1  The group's mean is the baseline (paper and code: PPO with GAE, as in st_ppo.py; a KL of
-        weight 0.001 inside the reward, and only the quarter of the groups with the largest spread).
-    D2  A malformed turn uses up an answer, an episode with one still pays for repeats (code: it
-        does not, which pays malformed turns).
-    D3  One answer per turn (code: several guesses). The reward is not shown (--feedback).
-    D4  Two optimizer steps per batch; one without any signal is skipped.
-    D5  n counts from 0: a right first answer earns 1 (the paper's ablation counts from 1).
+    D1  Eq. 4 compares an episode with its group. The paper's runs use PPO with a critic and GAE
+        instead (discount and lambda 1): for a critic see st_ppo.py.
+    D2  There is no KL term, and every group is trained on. The code has a KL of weight 0.001 in its
+        reward, and trains on the quarter of the groups whose scores differ most.
+    D3  A malformed turn uses up an answer, and the other answers of its episode still pay for
+        repeats. In the code they do not, so that a malformed turn can raise the score.
+    D4  A turn has one answer, and the policy is not shown its reward. The code takes up to five
+        answers per turn and shows the reward.
+    D5  n counts from 0: a right first answer earns 1. So does the code; the paper's ablation counts
+        from 1.
+    D6  Two optimizer steps per iteration (code: four). A step without any signal is skipped.
 
     python algos/ufo.py        about 2 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
 import dataclasses
-import os
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -64,11 +69,11 @@ class Args(RunArgs):
     eval_temperature: float = 0.5  # sampling temperature of the evaluation
 
     # Algorithm specific arguments
-    decay: Literal["exponential", "linear", "constant"] = "exponential"  # Eq. 1; linear 1 - n / 5
+    decay: Literal["exponential", "linear", "constant"] = "exponential"  # Eq. 1; the paper's
     decay_base: float = 0.5  # of the exponential decay, Eq. 1
     repetition_penalty: float = 0.5  # coefficient in Eq. 2
-    format_penalty: float = 0.1  # per malformed turn, Eq. 3
-    feedback: Literal["unary", "unary-reward", "blank"] = "unary"  # what follows a wrong answer
+    format_penalty: float = 0.1  # for every malformed turn, Eq. 3
+    feedback: Literal["unary", "blank"] = "unary"  # after a wrong answer; unary: the paper's
     eval_max_turns: int = 5  # answers an episode may use in evaluation and demonstrations
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 5
     clip_high: float = 0.28  # clipping of the probability ratio from above, Eq. 5
@@ -78,9 +83,13 @@ class Args(RunArgs):
 
 # === 3. Advantages ===============================================================================
 def count_answers(answers: list[list[str | None]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers, distinct answers and malformed turns (None) of every episode. Eq. 2, 3
+    """The number of answers, distinct answers and malformed turns. Eq. 2, 3
 
-    Answers are the same if they differ in case and blanks only. -> three (E,) float
+    answers: of every episode, None for a malformed turn -> three (E,) float. Answers that differ
+    only in case and blanks are the same.
+
+    >>> count_answers([["7", "7", None, "9"], ["Blue", " blue"]])
+    (tensor([3., 2.]), tensor([2., 1.]), tensor([1., 0.]))
     """
     valid = [["".join(a.split()).lower() for a in episode if a is not None] for episode in answers]
     return (torch.tensor([len(episode) for episode in valid]).float(),
@@ -91,9 +100,14 @@ def count_answers(answers: list[list[str | None]]) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def decayed_success(solved: Tensor, num_answers: Tensor, schedule: str = "exponential",
                     base: float = 0.5) -> Tensor:
-    """What solving is worth after num_answers - 1 wrong answers. Eq. 1
+    """What solving is worth after n = num_answers - 1 wrong answers. Eq. 1
 
-    solved (E,) bool, num_answers (E,) -> (E,) in [0, 1]; 0 if not solved
+    solved (E,) bool, num_answers (E,) -> (E,) in [0, 1], 0 if not solved. The linear schedule is
+    1 - 0.2 n, but not below 0.
+
+    >>> solved = torch.tensor([True, True, False])
+    >>> decayed_success(solved, torch.tensor([1.0, 3.0, 5.0]))  # 0.5**0, 0.5**2, not solved
+    tensor([1.0000, 0.2500, 0.0000])
     """
     wrong = num_answers - 1
     worth = {"exponential": base**wrong, "linear": (1 - 0.2 * wrong).clamp(min=0),
@@ -103,9 +117,13 @@ def decayed_success(solved: Tensor, num_answers: Tensor, schedule: str = "expone
 
 @torch.no_grad()
 def repetition_penalty(num_answers: Tensor, num_distinct: Tensor, coefficient: float) -> Tensor:
-    """The share of answers that only repeated an earlier one, times the coefficient. Eq. 2
+    """The share of the answers that repeat an earlier one, times the coefficient. Eq. 2
 
-    num_answers (E,), num_distinct (E,) -> (E,) >= 0; 0 without any answer
+    num_answers (E,), num_distinct (E,) -> (E,) >= 0, 0 without any answer
+
+    >>> num_answers, num_distinct = torch.tensor([5.0, 5.0, 0.0]), torch.tensor([5.0, 1.0, 0.0])
+    >>> repetition_penalty(num_answers, num_distinct, 0.5)  # 0.5 (1 - 1/5) in the second
+    tensor([0.0000, 0.4000, 0.0000])
     """
     return coefficient * (num_answers - num_distinct) / num_answers.clamp(min=1)
 
@@ -155,11 +173,17 @@ def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, cli
 
 
 # === 5. The answers ==============================================================================
-def answer_table(episodes: list[Episode]) -> Tensor:
-    """What retry_metrics needs of every episode.
+def allow_answers(args: Args, count: int) -> Args:
+    """The same flags for episodes of up to count answers: the environment is told the number."""
+    kwargs = json.loads(args.env_kwargs) | {"max_answers": count, "feedback": args.feedback}
+    return dataclasses.replace(args, max_turns=count, env_kwargs=json.dumps(kwargs))
 
-    -> (E, 6): turn of the right answer (from 1; inf if never), turns, valid answers, distinct
-    ones, malformed turns, valid answers that are candidates of the problem
+
+def answer_table(episodes: list[Episode]) -> Tensor:
+    """What the scores and retry_metrics need to know of every episode.
+
+    -> (E, 6): turn of the right answer (from 1; inf if there is none), number of turns, of answers,
+    of distinct answers, of malformed turns, of answers that are candidates of the problem
     """
     answers = [[turn.info["submitted"] for turn in e.turns] for e in episodes]
     num_turns = [len(e.turns) for e in episodes]
@@ -171,10 +195,11 @@ def answer_table(episodes: list[Episode]) -> Tensor:
 
 @torch.no_grad()
 def retry_metrics(table: Tensor, max_turns: int) -> dict[str, float]:
-    """Success within k turns, and what the answers were like.
+    """The share of episodes solved within k turns, and what the answers were like.
 
-    table (E, 6) of answer_table. average_turns counts a failure as max_turns; identical_failure:
-    of the failures with several answers, the share that never changed it.
+    table (E, 6) of answer_table. average_turns counts a failure as max_turns. distinct_ratio is the
+    mean D / N of episodes with several answers; identical_failure is the share of the failures
+    among them in which all answers were the same.
     """
     right, num_turns, num_answers, num_distinct, num_malformed, in_range = table.double().T
     several = num_answers >= 2
@@ -202,7 +227,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Te
         loss, parts = policy_loss(rows, logprobs, entropy, args.clip_low, args.clip_high,
                                   args.entropy_coefficient)
         loss.backward()
-        sums = {name: sums[name] + parts[name].detach() for name in sums}
+        sums |= {name: sums[name] + x.detach() for name, x in parts.items()}
     norm = optimizer_step(policy.model, optimizer, args.max_grad_norm)
     return over_processes(sums) | {"grad_norm": norm}
 
@@ -217,10 +242,7 @@ def main(args: Args) -> dict[str, float]:
                  "environment has no info['submitted']")
         if {"max_answers", "feedback"} & json.loads(args.env_kwargs).keys():
             stop("--env-kwargs: --max-turns, --eval-max-turns set max_answers, --feedback feedback")
-        # the environment is told how many answers it allows, in training and in evaluation
-        training, playing = (dataclasses.replace(args, max_turns=answers, env_kwargs=json.dumps(
-            json.loads(args.env_kwargs) | {"max_answers": answers, "feedback": args.feedback}))
-            for answers in (args.max_turns, args.eval_max_turns))
+        training, playing = (allow_answers(args, n) for n in (args.max_turns, args.eval_max_turns))
         envs, policy = make_envs(training), load_policy(playing)
         run.eval_envs = make_envs(playing, len(run.eval_envs), evaluation=True)
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
