@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos.ufo import Args
 from envs.episodes import demonstrations, start_episodes
 from envs.text_env import EVALUATION_SEEDS
-from utils import Policy, make_envs, random_stream, rollout
+from policies import load_policy
+from utils import make_envs, random_stream, rollout
 
 PROBLEMS, SAMPLES, ANSWERS, BENCHMARK = 256, 32, 5, 99
 
@@ -35,18 +35,14 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def trained(folder: Path) -> dict[str, float]:
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    args = Args(**{field.name: saved[field.name] for field in dataclasses.fields(Args)})
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "checkpoint")
-    policy, envs = Policy(model, tokenizer, "cpu"), make_envs(args, PROBLEMS, evaluation=True)
+    args = Args(**json.loads((folder / "args.json").read_text())["args"])
+    policy = load_policy(dataclasses.replace(args, model=str(folder / "checkpoint")))
+    envs = make_envs(args, PROBLEMS, evaluation=True)
     submitted = [[] for _ in range(PROBLEMS)]
     for sample in range(SAMPLES):
-        episodes = rollout(policy, envs, start_episodes(envs, [EVALUATION_SEEDS + i
-                                                               for i in range(PROBLEMS)]),
-                           [random_stream(args.seed, BENCHMARK, sample, i)
-                            for i in range(PROBLEMS)], max_turns=1,
-                           max_turn_tokens=args.max_turn_tokens, temperature=args.eval_temperature)
+        started = start_episodes(envs, [EVALUATION_SEEDS + i for i in range(PROBLEMS)])
+        streams = [random_stream(args.seed, BENCHMARK, sample, i) for i in range(PROBLEMS)]
+        episodes = rollout(policy, envs, started, streams, 1, args.eval_temperature)
         for answers, episode in zip(submitted, episodes, strict=True):
             answers.append(episode.info["submitted"])
     gold = [episode.info["answer"] for episode in episodes]
