@@ -69,8 +69,8 @@ class Args(RunArgs):
     eval_temperature: float = 0.5  # sampling temperature of the evaluation
 
     # Algorithm specific arguments
-    decay: Literal["exponential", "linear", "constant"] = "exponential"  # Eq. 1; the paper's
-    decay_base: float = 0.5  # of the exponential decay, Eq. 1
+    decay: Literal["exponential", "linear", "constant"] = "exponential"  # exponential: the paper's
+    decay_base: float = 0.5  # base of the exponential decay, Eq. 1
     repetition_penalty: float = 0.5  # coefficient in Eq. 2
     format_penalty: float = 0.1  # for every malformed turn, Eq. 3
     feedback: Literal["unary", "blank"] = "unary"  # after a wrong answer; unary: the paper's
