@@ -1,5 +1,6 @@
 """The mathematics of UFO (arXiv 2507.14295) against hand-worked numbers, slow loops and whole runs."""
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -276,7 +277,8 @@ def spy(monkeypatch):
 
     def evaluating(policy, envs, args):
         metrics, episodes = real_evaluate(policy, envs, args)
-        seen.evaluations.append(SimpleNamespace(envs=envs, args=args, episodes=episodes))
+        weights = copy.deepcopy(policy.model.state_dict())
+        seen.evaluations.append(SimpleNamespace(envs=envs, args=args, episodes=episodes, weights=weights))
         return metrics, episodes
     for name, call in (("collect_groups", collect), ("update", updating), ("evaluate", evaluating)):
         monkeypatch.setattr(ufo, name, call)
@@ -344,7 +346,6 @@ def test_a_run_credits_and_logs_what_a_loop_over_its_episodes_gives(flags, tmp_p
         scores = (parts @ [1, -1, -1]).reshape(-1, 3)
         centred, spread = scores - scores.mean(1, keepdims=True), scores.std(1, ddof=1, keepdims=True)
         credit = {n: value for _, n, value in credits(iteration)}
-        assert np.ptp(scores, axis=1).min() > 1e-3, "no group without a signal here"
         assert [credit[n] for n in range(len(answers))] == pytest.approx((centred / spread).flatten(), abs=1e-4)
         assert sorted((step, n // 3) for step, n, _ in credits(iteration)) == sorted(
             (group % args.num_minibatches, group) for group in range(args.num_prompts) for _ in range(3))
@@ -379,10 +380,8 @@ def test_evaluation_reports_its_own_episodes(tmp_path, spy, monkeypatch):
 
 def test_one_turn_in_training_is_still_five_in_evaluation(tmp_path, spy):
     """Both arms of the comparison start from the same policy, with the same problems."""
-    starts = []
     for max_turns in (1, 3):
         _, logged = run(tmp_path, max_turns=max_turns, num_iterations=1, eval_temperature=1.5)
-        starts.append(logged[0] | {"seconds": 0})
         trained, tested = spy.iterations[-1], spy.evaluations[-1]
         for envs, answers in ((trained.envs, max_turns), (tested.envs, 5)):
             assert {env.unwrapped.max_answers for env in envs} == {answers}
@@ -391,7 +390,8 @@ def test_one_turn_in_training_is_still_five_in_evaluation(tmp_path, spy):
         assert all(e.terminated and not e.truncated for e in trained.episodes)
         assert tested.args.max_turns == 5 and tested.args.eval_temperature == 1.5
         assert "eval_success_at_5" in logged[0] and f"train_success_at_{max_turns + 1}" not in logged[1]
-    assert starts[0] == starts[1], "the same policy, evaluated alike"
+    first, second = spy.evaluations[0].weights, spy.evaluations[2].weights  # before training
+    assert all(torch.equal(first[name], second[name]) for name in first)
     one, three = ([e.turns[0].observation for e in i.episodes] for i in spy.iterations)
     assert one == three
 
