@@ -1,8 +1,8 @@
-"""ArCHer: a critic of whole turns learned from a replay buffer, tokens trained by REINFORCE.
+"""ArCHer: a critic learns what whole answers are worth, the policy learns from the critic.
 
 Paper: Zhou, Zanette, Pan, Levine and Kumar, "ArCHer: Training Language Model Agents via
 Hierarchical Multi-Turn RL", arXiv 2402.19446v1, its abstract and first page; the rest from notes
-and code: YifeiZhou02/ArCHer at 7c771a7.
+and from the authors' code, YifeiZhou02/ArCHer at 7c771a7 [code].
 
     Eq. 1  y_j = r + (1 - done) discount Vbar_j(s')                                       [code]
     Eq. 2  u_j = Qbar_j(s, a~)                  a~ a fresh answer of the current policy   [code]
@@ -11,29 +11,32 @@ and code: YifeiZhou02/ArCHer at 7c771a7.
     Eq. 5  A = min_j Q_j(s, a~) - min_j V_j(s)                                            [code]
     Eq. 6  J = mean over turns of A sum_t log pi(a~_t)                                    [code]
 
-    s    the tokens before a turn    a  its answer; both from turns of all past policies, the buffer
-    j    twin heads, last axis (J)   s' the tokens before the next turn
-    bar  the target critic           tau  target_rate
+    s    the tokens before a turn    a  the answer that was given    r, done  what came of it
+    s'   the tokens before the next turn     j  one of J = 2 heads (the last axis)
+    bar  the target critic, a slow copy      tau  target_rate        t  a token of the answer
 
-To the critic a turn is one action: Q and V of whole answers, learned by temporal differences from
-turns of all past policies. The policy is trained on fresh answers to old states, never off-policy;
-all tokens of an answer share its advantage.
+What is learned where. A buffer keeps the turns that all past policies have played.
+    Q       at all turns of the drawn episodes, towards y. It does not matter who gave the answer:
+            its reward and the state after it are known.
+    V       at the drawn turns only, towards u. V is the value of the current policy, about which
+            the old answer says nothing: the policy answers the state again.
+    policy  on fresh answers to drawn states, never off-policy. An answer's tokens share its A.
 
 Changed from seeupo.py
-    - a buffer of turns, of which only the states matter to the policy
+    - a buffer of turns, of which the policy sees only the states
     - a critic of answers and its slow copy, many critic steps per policy step
-    - no ratios and no clipping: every answer is the current policy's own
+    - no ratios and no clipping, because every answer is the current policy's own
 
 Deviations and choices
-    D1  A turn the time limit cut goes on in Eq. 1 (code: it ends): --no-bootstrap-truncated.
-    D2  One causal pass over an episode gives V of its states, from their last tokens, and Q, from
-        the mean over an answer's tokens too (code: state and answer are encoded apart). So a critic
-        step takes all turns of whole episodes; V learns at one of them, where an answer is fresh.
+    D1  A time limit does not end the return of Eq. 1. The code ends it: --no-bootstrap-truncated.
+    D2  One causal pass over an episode gives V of every state, from its last token, and Q, from
+        that and the mean over the answer's tokens (code: a row per turn, two passes).
     D3  The end-of-turn token is trained (code: it is cut away).
     D4  Each network is clipped to its own gradient norm (code: one norm for both).
     D5  The critic starts as a copy of the policy's first two layers (code: a RoBERTa).
-    D6  The mean of A over a policy step, noise of the critic, is taken off (code: it stays):
-        --no-centre-advantages.
+    D6  The mean of A over a policy step is subtracted: it is noise of the critic. In the code it
+        stays: --no-centre-advantages.
+    D7  Sizes are smaller, see the flags. Evaluation samples (code: greedy).
 
     python algos/archer.py        about 4 minutes on 2 CPU cores
 """
@@ -59,9 +62,9 @@ from envs.episodes import Episode, Turn
 from policies import Policy, load_policy
 from run_folder import Run
 from utils import (
-    DRAW, Decoder, RunArgs, all_reduce_sum, collect_groups, gather_list, make_envs, micro_batches,
-    optimizer_step, over_processes, random_stream, rank, sample_answers, stop, token_logprobs,
-    world_size,
+    DRAW, Decoder, RunArgs, all_reduce_sum, collate, collect_groups, gather_list, make_envs,
+    micro_batches, optimizer_step, over_processes, random_stream, rank, sample_answers, stop,
+    token_logprobs, world_size,
 )
 
 
@@ -81,23 +84,20 @@ class Args(RunArgs):
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
-    value_target: Literal["fresh", "monte_carlo"] = "fresh"  # Eq. 1 and 2, or returns (a control)
+    value_target: Literal["fresh", "monte_carlo"] = "fresh"  # Eq. 1, 2 (the paper's) or returns
     discount: float = 0.95  # per turn, Eq. 1
-    num_critics: int = 2  # heads J; 2 are the twins of Eq. 5
-    target_rate: float = 0.5  # tau of Eq. 4
+    num_critics: int = 2  # heads J; the paper's are 2
+    target_rate: float = 0.5  # tau of Eq. 4 (code: 0.1)
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
-    critic_steps: int = 10  # optimizer steps of the critic per iteration
-    critic_batch_turns: int = 32  # turns per critic step; Q learns at all turns of their episodes
+    critic_steps: int = 10  # optimizer steps of the critic per iteration (code: 50)
+    critic_batch_turns: int = 32  # turns drawn for a critic step (code: 256)
     actor_steps: int = 3  # optimizer steps of the policy per iteration
-    actor_batch_turns: int = 128  # turns per policy step
+    actor_batch_turns: int = 128  # turns drawn for a policy step (code: 256)
     actor_warm_up: int | None = None  # iterations before the first; default: 2 K / tau critic steps
-    replay_turns: int = 100000  # size of the buffer, the oldest turns are dropped
-    bootstrap_truncated: bool = True  # a time limit does not end the return of Eq. 1
-    centre_advantages: bool = True  # take their mean over the policy step off, D6
+    replay_turns: int = 100000  # turns in the buffer; the oldest episodes are dropped
+    bootstrap_truncated: bool = True  # a time limit does not end the return, D1
+    centre_advantages: bool = True  # subtract their mean over the policy step, D6
     may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"actor_warm_up"}
-
-
-CRITIC_LAYERS = 2  # D5
 
 
 # === 3. Advantages ===============================================================================
@@ -106,6 +106,9 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, discount: float) -> Te
     """Discounted sum of the rewards of this and all later turns.
 
     turn_rewards (E, K), turn_mask (E, K) -> (E, K), 0 after the end
+
+    >>> turn_returns(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([[True, True, True]]), 0.5)
+    tensor([[1.2500, 2.5000, 1.0000]])
     """
     returns = torch.where(turn_mask, turn_rewards, 0.0)
     for k in reversed(range(returns.shape[1] - 1)):
@@ -115,73 +118,96 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, discount: float) -> Te
 
 @torch.no_grad()
 def q_targets(rewards: Tensor, done: Tensor, next_values: Tensor, discount: float) -> Tensor:
-    """What Q should be, every head from its own V. Eq. 1
+    """What Q should be: the reward, and what every head's own V expects after it. Eq. 1
 
     rewards (..), done (..) bool, next_values (.., J) -> (.., J)
+
+    >>> done = torch.tensor([False, True])  # nothing counts after the end
+    >>> q_targets(torch.tensor([-1.0, -1.0]), done, torch.tensor([[-4.0, -2.0], [9.0, 9.0]]), 0.5)
+    tensor([[-3., -2.],
+            [-1., -1.]])
     """
     return rewards[..., None] + torch.where(done[..., None], 0.0, discount * next_values)
 
 
 @torch.no_grad()
 def answer_advantages(q: Tensor, v: Tensor) -> Tensor:
-    """How much better an answer is than the policy's average one, pessimistic in both. Eq. 5
+    """How much better an answer is than the policy's average one, by the lower heads. Eq. 5
 
     q, v (.., J) -> (..)
+
+    >>> answer_advantages(torch.tensor([[-3.0, -4.0]]), torch.tensor([[-6.0, -5.0]]))
+    tensor([2.])
     """
     return q.amin(-1) - v.amin(-1)
 
 
 # === 4. Loss =====================================================================================
 def squared_errors(values: Tensor, targets: Tensor) -> Tensor:
-    """The squared errors of a turn's values, summed over the heads. Eq. 3; (.., J) -> (..)"""
+    """The squared errors of a turn's values, summed over the heads. Eq. 3
+
+    values (.., J), targets of that shape or one that broadcasts -> (..)
+
+    >>> squared_errors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
+    tensor([13.])
+    """
     return ((targets - values) ** 2).sum(-1)
 
 
 @torch.no_grad()
 def polyak_update(target: torch.nn.Module, online: torch.nn.Module, rate: float):
-    """Move every parameter of the target towards the online network, in place. Eq. 4"""
+    """Move every parameter of the target towards the online network, in place. Eq. 4
+
+    >>> slow, fast = (torch.nn.ParameterList([torch.tensor([x])]) for x in (0.0, 2.0))
+    >>> polyak_update(slow, fast, 0.25)
+    >>> slow[0].data
+    tensor([0.5000])
+    """
     for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
         slow.lerp_(fast, rate)
 
 
-def actor_objective(logprobs: Tensor, advantages: Tensor, turn_id: Tensor,
-                    num_turns: int) -> Tensor:
-    """J: the log-probability of every answer, times its advantage. Eq. 6
+def actor_objective(logprobs: Tensor, advantages: Tensor, turn_id: Tensor, count: int) -> Tensor:
+    """The log-probability of every answer, not divided by its length, times its advantage. Eq. 6
 
-    logprobs, turn_id (B, T), advantages (B,), num_turns of the whole step -> scalar; the sum over
-    an answer's tokens is not divided by their number
+    logprobs, turn_id (B, T), advantages (B,), the whole step's count of answers -> scalar
+
+    >>> answers = torch.tensor([[0, 0], [0, -1]])  # of two tokens, of one: (2 * -3 - 1 * -1) / 2
+    >>> logprobs = torch.tensor([[-1.0, -2.0], [-1.0, -9.0]])
+    >>> actor_objective(logprobs, torch.tensor([2.0, -1.0]), answers, 2)
+    tensor(-2.5000)
     """
-    weights = torch.full_like(advantages, 1 / num_turns)
-    return (weights[:, None] * torch.where(turn_id >= 0, advantages[:, None] * logprobs, 0.0)).sum()
+    answers = torch.where(turn_id >= 0, logprobs, 0.0).sum(1)  # (B,)
+    return (advantages * answers).sum() / count
 
 
 # === 5. The critic, the buffer and fresh answers =================================================
 class TurnCritic(torch.nn.Module):
     """A copy of the policy's first layers with J heads for Q and J for V."""
 
-    def __init__(self, policy: Policy, num_critics: int):
+    def __init__(self, policy: Policy, num_critics: int, num_layers: int = 2):
         super().__init__()
         self.trunk = copy.deepcopy(policy.model.base_model)
-        self.trunk.layers = self.trunk.layers[:CRITIC_LAYERS]
+        self.trunk.layers = self.trunk.layers[:num_layers]
         self.device, self.bf16 = policy.device, policy.bf16
-
-        def heads(width: int, hidden: int) -> torch.nn.ModuleList:
-            return torch.nn.ModuleList(torch.nn.Sequential(
-                torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, hidden),
-                torch.nn.ReLU(), torch.nn.Linear(hidden, 1)) for _ in range(num_critics))
-
         size = policy.model.config.hidden_size
-        self.q_heads, self.v_heads = heads(2 * size, size), heads(size, size)
+
+        def heads(width: int) -> torch.nn.ModuleList:
+            return torch.nn.ModuleList(torch.nn.Sequential(
+                torch.nn.Linear(width, size), torch.nn.ReLU(), torch.nn.Linear(size, size),
+                torch.nn.ReLU(), torch.nn.Linear(size, 1)) for _ in range(num_critics))
+
+        self.q_heads, self.v_heads = heads(2 * size), heads(size)
         self.to(policy.device)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Q(s, a) and V(s) of every turn, each (B, K, J), from one causal pass."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state.float()
-        before = (batch["starts"] - 1).clamp(min=0)  # (B, K) the last token of every state
-        state = hidden.gather(1, before[:, :, None].expand(-1, -1, hidden.shape[2]))  # (B, K, D)
-        turn = torch.arange(before.shape[1], device=self.device)
-        inside = (batch["turn_id"][:, None] == turn[:, None]).float()  # (B, K, T)
+        row = torch.arange(len(hidden), device=self.device)[:, None]
+        state = hidden[row, batch["starts"] - 1]  # (B, K, D), at the last token of every state
+        turn = torch.arange(state.shape[1], device=self.device)[:, None]
+        inside = (batch["turn_id"][:, None] == turn).float()  # (B, K, T)
         answer = inside @ hidden / inside.sum(2, keepdim=True).clamp(min=1)  # (B, K, D), its mean
         q = [head(torch.cat([state, answer], 2)) for head in self.q_heads]
         return torch.cat(q, 2), torch.cat([head(state) for head in self.v_heads], 2)
@@ -199,101 +225,97 @@ def turn_values(critic: TurnCritic, batch: dict[str, Tensor], args: Args) -> tup
 
 @dataclasses.dataclass
 class Trajectory:
-    """An episode as the critic reads it.
+    """An episode as the critic reads it: a row of tokens, and a list entry for every state.
 
-    Turn k answers the state tokens[: starts[k]] with tokens[starts[k] : ends[k]] and earns
-    rewards[k]. An episode that a time limit cut has one more state at its end, with an empty
-    answer: what Eq. 1 bootstraps from.
+    State k is tokens[: starts[k]], all that was said before answer k. An episode that a time limit
+    cut has one more state at its end, which nobody answered: the s' of its last turn in Eq. 1.
     """
 
-    tokens: list[int]
-    starts: list[int]
-    ends: list[int]
-    rewards: list[float]
-
-    @property
-    def num_turns(self) -> int:
-        return sum(end > start for start, end in zip(self.starts, self.ends, strict=True))
-
-    def turn(self, k: int) -> "Trajectory":
-        """Its turn k alone."""
-        return Trajectory(self.tokens[: self.ends[k]], [self.starts[k]], [self.ends[k]],
-                          [self.rewards[k]])
+    num_turns: int  # answers
+    tokens: list[int]  # observation 0, answer 0, observation 1, answer 1, ...
+    turn_id: list[int]  # k on the tokens of answer k, -1 on those of observations
+    starts: list[int]  # where answer k starts
+    rewards: list[float]  # what it earned
+    done: list[bool]  # whether the return ends with it
 
 
 def trajectory(policy: Policy, episode: Episode, args: Args) -> Trajectory:
-    turns = [(turn.prompt_ids, turn.token_ids, turn.reward) for turn in episode.turns]
+    """An episode of at least one turn, for the buffer."""
+    row, unanswered = Trajectory(len(episode.turns), [], [], [], [], []), []
     if args.bootstrap_truncated and not (episode.terminated or episode.overflowed):
-        turns.append((policy.prompt(episode)[0], [], 0.0))
-    row = Trajectory([], [], [], [])
-    for state, answer, reward in turns:
-        row.tokens += state + answer
-        row.starts.append(len(row.tokens) - len(answer))
-        row.ends.append(len(row.tokens))
-        row.rewards.append(reward)
+        unanswered = [Turn("", "", prompt_ids=policy.prompt(episode)[0])]
+    for k, turn in enumerate(episode.turns + unanswered):
+        row.starts.append(len(row.tokens) + len(turn.prompt_ids))
+        row.tokens += turn.prompt_ids + turn.token_ids
+        row.turn_id += [-1] * len(turn.prompt_ids) + [k] * len(turn.token_ids)
+        row.rewards.append(turn.reward)
+        row.done.append(k == row.num_turns - 1 and not unanswered)
     return row
 
 
-def collate_turns(rows: list[Trajectory], args: Args, device: torch.device) -> dict[str, Tensor]:
-    """A batch (B, T) with what is known of every turn (B, K); turn_id marks the answers."""
-    tokens, starts, ends, rewards = (
-        pad_sequence([torch.tensor(getattr(row, name)) for row in rows], batch_first=True)
-        for name in ("tokens", "starts", "ends", "rewards"))
-    played = ends > starts
-    goes_on = torch.nn.functional.pad(starts[:, 1:] > 0, (0, 1))  # another state follows the turn
-    turn, at = torch.arange(starts.shape[1]), torch.arange(tokens.shape[1])
-    inside = (at >= starts[:, :, None]) & (at < ends[:, :, None])  # (B, K, T)
-    batch = {"tokens": tokens, "turn_id": (inside * (turn + 1)[:, None]).sum(1) - 1,
-             "lengths": torch.tensor([len(row.tokens) for row in rows]), "starts": starts,
-             "played": played, "rewards": rewards, "done": played & ~goes_on,
-             "returns": turn_returns(rewards, played, args.discount)}
+def draw_turns(turns: list[tuple], count: int, rng: np.random.Generator) -> list[tuple]:
+    """This process's share of `count` turns, each an episode and the number of its turn."""
+    return [turns[i] for i in rng.integers(len(turns), size=count)[rank() :: world_size()]]
+
+
+def collate_turns(drawn: list[tuple[Trajectory, int]], device: torch.device) -> dict[str, Tensor]:
+    """A row per drawn turn, its whole episode: tokens and turn_id (B, T), the others (B, K)."""
+    batch = {name: pad_sequence([torch.tensor(getattr(row, name)) for row, _ in drawn],
+                                batch_first=True, padding_value=padding)
+             for name, padding in (("tokens", 0), ("turn_id", -1), ("starts", 1), ("rewards", 0),
+                                   ("done", False))}
+    turn = torch.arange(batch["starts"].shape[1])  # (K,)
+    batch["played"] = turn < torch.tensor([[row.num_turns] for row, _ in drawn])  # (B, K)
+    batch["drawn"] = turn == torch.tensor([[k] for _, k in drawn])  # (B, K), one in every row
+    batch["lengths"] = torch.tensor([len(row.tokens) for row, _ in drawn])
     return {name: x.to(device) for name, x in batch.items()}
 
 
-def fresh_answers(policy: Policy, turns: list[Trajectory], uniforms: Tensor,
+def fresh_answers(policy: Policy, drawn: list[tuple[Trajectory, int]], rng: np.random.Generator,
                   args: Args) -> dict[str, Tensor]:
-    """Answers of the policy as it is now to the states of turns; uniforms (N, max_turn_tokens)."""
-    rows, answers = [turn.tokens[: turn.starts[0]] for turn in turns], [Turn("", "") for _ in turns]
-    lengths = torch.tensor([len(row) for row in rows])
-    for part in micro_batches({"lengths": lengths, "row": torch.arange(len(rows))},
+    """The policy, as it is now, answers the states of N turns: a batch with one turn per row."""
+    answers = [Turn("", "", prompt_ids=row.tokens[: row.starts[k]]) for row, k in drawn]
+    starts = torch.tensor([len(turn.prompt_ids) for turn in answers])
+    uniforms = torch.tensor(rng.random((len(drawn) * world_size(), args.max_turn_tokens)))
+    uniforms = uniforms[rank() :: world_size()]  # (N, max_turn_tokens)
+    for part in micro_batches({"lengths": starts, "index": torch.arange(len(starts))},
                               args.micro_batch_tokens):
-        here = part["row"].tolist()
-        sample_answers(Decoder(policy, len(here)), [rows[i] for i in here],
-                       [answers[i] for i in here], [args.max_turn_tokens] * len(here),
-                       uniforms[here], args.temperature)
-    answered = [Trajectory(row, turn.starts, [len(row)], turn.rewards)
-                for row, turn in zip(rows, turns, strict=True)]
-    return collate_turns(answered, args, policy.device)
+        turns = [answers[i] for i in part["index"].tolist()]
+        sample_answers(Decoder(policy, len(turns)), [list(turn.prompt_ids) for turn in turns],
+                       turns, [args.max_turn_tokens] * len(turns), uniforms[part["index"]],
+                       args.temperature)
+    batch = collate([Episode(0, "", [turn]) for turn in answers], policy.device)
+    return batch | {"starts": starts[:, None].to(policy.device)}
 
 
 # === 6. Update ===================================================================================
 def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim.Optimizer,
-                  batch: dict[str, Tensor], fresh: dict[str, Tensor],
+                  fresh: dict[str, Tensor] | None, batch: dict[str, Tensor],
                   args: Args) -> dict[str, float]:
-    """One optimizer step of the critic on whole episodes, one step of its target. Eq. 1-4
+    """One optimizer step of the critic on B drawn turns, and one step of its target.
 
-    batch: episodes drawn by their turns batch["chosen"] (B,); fresh: answers to those states
+    batch: the drawn turns in their episodes; fresh: the policy's answers now, to the same states
     """
-    played = batch["played"].float()  # (B, K)
-    batch["weights"] = played / played.sum(1, keepdim=True) / args.critic_batch_turns
-    if args.value_target == "fresh":  # V learns where the answer is fresh, Q at all turns
-        _, v = turn_values(target, batch, args)  # (B, K, J)
-        following = torch.nn.functional.pad(v[:, 1:], (0, 0, 0, 1))
-        batch["q_target"] = q_targets(batch["rewards"], batch["done"], following, args.discount)
-        batch["v_target"] = turn_values(target, fresh, args)[0].expand_as(v)
-        here = torch.arange(v.shape[1], device=critic.device) == batch["chosen"][:, None]
-        batch["v_weights"] = here / args.critic_batch_turns
+    # an episode of n turns is drawn n times as often as one of 1 turn, so its turns count 1 / n
+    share = batch["played"] / batch["played"].sum(1, keepdim=True)  # (B, K)
+    batch["q_weights"] = share / args.critic_batch_turns
+    if args.value_target == "fresh":
+        _, v = turn_values(target, batch, args)  # (B, K, J), V of every state s
+        next_v = v.roll(-1, 1)  # V of the state s' of the next turn; not used where done
+        batch["q_target"] = q_targets(batch["rewards"], batch["done"], next_v, args.discount)
+        batch["v_target"], _ = turn_values(target, fresh, args)  # (B, 1, J), Eq. 2
+        batch["v_weights"] = batch["drawn"] / args.critic_batch_turns
     else:
-        batch["q_target"] = batch["returns"][:, :, None].expand(-1, -1, args.num_critics)
-        batch["v_target"], batch["v_weights"] = batch["q_target"], batch["weights"]
+        returns = turn_returns(batch["rewards"], batch["played"], args.discount)[:, :, None]
+        batch |= {"q_target": returns, "v_target": returns, "v_weights": batch["q_weights"]}
     sums = dict.fromkeys(("critic_loss", "q", "v"), torch.zeros(()))
     for rows in micro_batches(batch, args.micro_batch_tokens):
         q, v = critic(rows)
-        loss = (rows["weights"] * squared_errors(q, rows["q_target"])
+        loss = (rows["q_weights"] * squared_errors(q, rows["q_target"])  # Eq. 3
                 + rows["v_weights"] * squared_errors(v, rows["v_target"])).sum()
         loss.backward()
-        parts = {"critic_loss": loss, "q": (rows["weights"] * q.mean(2)).sum(),
-                 "v": (rows["weights"] * v.mean(2)).sum()}
+        parts = {"critic_loss": loss, "q": (rows["q_weights"] * q.mean(2)).sum(),
+                 "v": (rows["q_weights"] * v.mean(2)).sum()}
         sums = {name: sums[name] + parts[name].detach() for name in sums}
     norm = optimizer_step(critic, optimizer, args.max_grad_norm)
     polyak_update(target, critic, args.target_rate)
@@ -302,19 +324,18 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
            args: Args) -> dict[str, float]:
-    """One optimizer step of the policy; batch["advantages"] (N,)"""
-    tokens = all_reduce_sum((batch["turn_id"] >= 0).sum())
-    mean = all_reduce_sum(batch["advantages"].sum()) / args.actor_batch_turns
+    """One optimizer step of the policy on N fresh answers and their batch["advantages"] (N,)."""
+    count, tokens = args.actor_batch_turns, all_reduce_sum((batch["turn_id"] >= 0).sum())
+    mean = all_reduce_sum(batch["advantages"].sum()) / count
     if args.centre_advantages:
         batch["advantages"] = batch["advantages"] - mean
     sums = dict.fromkeys(("loss", "entropy", "advantage_square"), torch.zeros(()))
     for rows in micro_batches(batch, args.micro_batch_tokens):
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
-        loss = -actor_objective(logprobs, rows["advantages"], rows["turn_id"],
-                                args.actor_batch_turns)
+        loss = -actor_objective(logprobs, rows["advantages"], rows["turn_id"], count)
         loss.backward()
         parts = {"loss": loss, "entropy": entropy.sum() / tokens,
-                 "advantage_square": (rows["advantages"] ** 2).sum() / args.actor_batch_turns}
+                 "advantage_square": (rows["advantages"] ** 2).sum() / count}
         sums = {name: sums[name] + parts[name].detach() for name in sums}
     norm = optimizer_step(policy.model, optimizer, args.max_grad_norm)
     return over_processes(sums) | {"advantage_mean": mean.item(), "grad_norm": norm}
@@ -341,12 +362,6 @@ def main(args: Args) -> dict[str, float]:
         if warm_up is None:  # what the critic needs to know the start of an episode
             warm_up = math.ceil(2 * args.max_turns / (args.target_rate * args.critic_steps))
 
-        def draw(turns: list, count: int, *key: int) -> tuple[list, Tensor]:
-            """This process's share of some turns, and random numbers for new answers."""
-            rng, mine = random_stream(args.seed, DRAW, *key), slice(rank(), None, world_size())
-            drawn = [turns[i] for i in rng.integers(len(turns), size=count)[mine]]
-            return drawn, torch.tensor(rng.random((count, args.max_turn_tokens))[mine])
-
         for iteration in run.iterations(
                 policy, optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer,
                 target=target, buffer=buffer):
@@ -355,31 +370,30 @@ def main(args: Args) -> dict[str, float]:
             buffer += gather_list([vars(trajectory(policy, e, args)) for e in episodes if e.turns])
             rows = [Trajectory(**row) for row in buffer]
             turns = [(row, k) for row in rows for k in range(row.num_turns)]
-            while len(turns) > args.replay_turns and len(rows) > 1:
+            while len(turns) > args.replay_turns and len(rows) > 1:  # drop the oldest episode
                 turns = turns[rows.pop(0).num_turns:]
                 del buffer[0]
 
             # 2. update of the critic
-            critic_updates, fresh_tokens = [], 0
+            critic_updates, fresh, fresh_tokens = [], None, 0
             for step in range(args.critic_steps):
-                drawn, uniforms = draw(turns, args.critic_batch_turns, iteration, 1 + step)
-                batch = collate_turns([row for row, _ in drawn], args, policy.device)
-                batch["chosen"] = torch.tensor([k for _, k in drawn], device=policy.device)
-                fresh = {}
+                rng = random_stream(args.seed, DRAW, iteration, 1 + step)
+                drawn = draw_turns(turns, args.critic_batch_turns, rng)
                 if args.value_target == "fresh":
-                    fresh = fresh_answers(policy, [row.turn(k) for row, k in drawn], uniforms, args)
+                    fresh = fresh_answers(policy, drawn, rng, args)
                     fresh_tokens += (fresh["turn_id"] >= 0).sum().item()
-                critic_updates.append(critic_update(critic, target, critic_optimizer, batch, fresh,
-                                                    args))
+                critic_updates.append(critic_update(critic, target, critic_optimizer, fresh,
+                                                    collate_turns(drawn, policy.device), args))
 
             # 3. advantages (N,), 4. update of the policy
             updates, batch = [], None
             for step in range(args.actor_steps if iteration >= warm_up else 0):
-                drawn, uniforms = draw(turns, args.actor_batch_turns, iteration,
-                                       1 + args.critic_steps + step)
-                batch = fresh_answers(policy, [row.turn(k) for row, k in drawn], uniforms, args)
+                rng = random_stream(args.seed, DRAW, iteration, 1 + args.critic_steps + step)
+                drawn = draw_turns(turns, args.actor_batch_turns, rng)
+                batch = fresh_answers(policy, drawn, rng, args)
                 fresh_tokens += (batch["turn_id"] >= 0).sum().item()
-                batch["advantages"] = answer_advantages(*turn_values(critic, batch, args))[:, 0]
+                q, v = turn_values(critic, batch, args)  # (N, 1, J)
+                batch["advantages"] = answer_advantages(q, v)[:, 0]
                 updates.append(update(policy, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
