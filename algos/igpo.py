@@ -1,11 +1,11 @@
 """IGPO: a turn is rewarded by how much it raised the policy's own belief in the right answer.
 
 Paper: "Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn
-Search Agents", arXiv 2510.14967v2. Before every turn the policy is asked, by teacher forcing, how
-likely it thinks the known right answer is. Equations are numbered here; the source follows.
+Search Agents", arXiv 2510.14967v2. In training the right answer is known. Before every turn we let
+the policy read this answer and take its probability. Source in brackets: equation of the paper.
 
     Eq. 1  l = mean_j log pi(a_j | context, "answer", a_<j)     mean over the answer's tokens  [3]
-    Eq. 2  b_k = l, or exp(l)               belief before turn k, k = 0 .. K - 1      [3; v1, code]
+    Eq. 2  b_k = l, or exp(l)               belief before turn k, k = 0 .. K - 1    [3, or v1, code]
     Eq. 3  g_k = b_{k+1} - b_k              information gain; the last turn has none            [4]
     Eq. 4  z(g), z(outcome): z-scores of all gains of a group, and of its outcomes              [5]
     Eq. 5  r_k = z(g_k) before the last turn, z(outcome) on the last turn                       [5]
@@ -15,21 +15,24 @@ likely it thinks the known right answer is. Equations are numbered here; the sou
 
     b  beliefs (E, K)          g  information_gain (E, K)        r  turn_rewards (E, K)
     R  turn_returns (E, K)     w  ratio                          |o_e|  sampled tokens of episode e
-    [n]  equation of the paper
+    z  group_relative_advantages     e, k, t  episode, turn, token     a_j  a token of the answer
 
 Changed from ms_grpo.py
-    - an episode is one row with its whole history: the belief needs what was found out so far
-    - the advantage is per turn, and dense: gains need no success in the group
+    - an episode is one row with its whole history: the belief depends on what was found so far
+    - every turn has its own advantage; gains differ even in a group without any success
     - every episode is trained on, none is drawn; the mean is over tokens, then over episodes
 
 Deviations and choices
-    D1  Outcome: the environment's summed rewards (paper: word F1, malformed output negative).
-    D2  The answer stands in the form the environment names as its `answer_template`, "answer Ada".
-    D3  Values of a group equal within 1e-6 get exactly 0; otherwise z divides by std + 1e-6
-        (official code: by sqrt(var + 1e-8) + 1e-6, which damps tiny gains instead).
-    D4  --reward-source outcome is GRPO.
-    D5  No KL (paper: 0.001), no dual clip (official code: 3). Two optimizer steps per batch (paper:
-        one); one without any signal is skipped.
+    D1  The outcome is the sum of the environment's rewards. Paper: F1 of the words, and a negative
+        number for malformed output (official code: -2).
+    D2  The answer is written in the form that the environment names as its `answer_template`, for
+        example "answer Ada". Official code: a last thought, then the answer in tags.
+    D3  z divides by std + 1e-6, with the std of the population; z is 0 where all values are equal.
+        Official code: sqrt(var + 1e-8) + 1e-6. The paper does not say which std.
+    D4  Eq. 7 takes the mean over the tokens of an episode, as in the paper. Official code: the sum.
+    D5  No KL term (paper: weight 0.001) and no dual clip (official code: 3).
+    D6  Two optimizer steps per batch (paper: one). A step without any signal is skipped.
+    D7  --reward-source outcome is GRPO; it and information_gain are the paper's ablations.
 
     python algos/igpo.py        about 2 minutes on 2 CPU cores
 """
@@ -64,9 +67,9 @@ class Args(RunArgs):
     learning_rate: float = 5e-4  # of AdamW, constant
 
     # Algorithm specific arguments
-    reward_source: Literal["both", "outcome", "information_gain"] = "both"  # parts of r in Eq. 5
-    belief: Literal["log_prob", "prob"] = "log_prob"  # b in Eq. 2: of paper v2, or of v1
-    discount: float = 1.0  # of later turns in Eq. 6
+    reward_source: Literal["both", "outcome", "information_gain"] = "both"  # r, Eq. 5 (paper: both)
+    belief: Literal["log_prob", "prob"] = "log_prob"  # b, Eq. 2 (paper: log_prob; its v1: prob)
+    discount: float = 1.0  # of later turns in Eq. 6 (paper: 1)
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 7
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 7
     entropy_coefficient: float = 0.001  # weight of the entropy bonus, c in Eq. 7
@@ -79,6 +82,11 @@ def information_gain(beliefs: Tensor, turn_mask: Tensor) -> Tensor:
     """How much every turn but the last raised the belief. Eq. 3
 
     beliefs (E, K), turn_mask (E, K) bool -> (E, K), 0 on the last turn and after the end
+
+    >>> played = torch.tensor([[True, True, True], [True, True, False]])
+    >>> information_gain(torch.tensor([[-3.0, -4.0, -1.0], [-3.0, -2.0, 0.0]]), played)
+    tensor([[-1.,  3.,  0.],
+            [ 1.,  0.,  0.]])
     """
     gains = torch.zeros_like(beliefs)
     gains[:, :-1] = torch.where(turn_mask[:, 1:], beliefs[:, 1:] - beliefs[:, :-1], 0.0)
@@ -87,7 +95,7 @@ def information_gain(beliefs: Tensor, turn_mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int = 1) -> Tensor:
-    """Scores relative to the mean of their group, in units of its std: the z in Eq. 4
+    """Scores relative to the mean of their group, in units of its std. Eq. 4
 
     scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of scores equal to 1e-6
 
@@ -107,10 +115,15 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int 
 @torch.no_grad()
 def turn_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_id: Tensor,
                  reward_source: str = "both") -> Tensor:
-    """The reward of every turn: normalised gain, on the last turn normalised outcome. Eq. 4, 5
+    """The reward of every turn: the z-score of its gain, on the last turn of the outcome. Eq. 4, 5
 
-    gains (E, K), outcomes (E,), turn_mask (E, K), group_id (E,) -> (E, K), 0 after the end. A part
-    left out by reward_source is set to 0 after the normalisation.
+    gains (E, K), outcomes (E,), turn_mask (E, K), group_id (E,) -> (E, K), 0 after the end. The
+    part that reward_source leaves out becomes 0 after the z-scores were taken.
+
+    >>> gains = torch.tensor([[3.0, 0.0], [1.0, 0.0]])  # A: 3, then a wrong answer; B: 1, right
+    >>> turn_rewards(gains, torch.tensor([0.0, 1.0]), torch.ones(2, 2).bool(), torch.zeros(2))
+    tensor([[ 1.0000, -1.0000],
+            [-1.0000,  1.0000]])
     """
     last = turn_mask.clone()
     last[:, :-1] &= ~turn_mask[:, 1:]  # (E, K) the last turn of every episode
@@ -127,6 +140,9 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, discount: float) -> Te
     """Discounted sum of the rewards of this and all later turns. Eq. 6
 
     turn_rewards (E, K), turn_mask (E, K) -> (E, K), 0 after the end
+
+    >>> turn_returns(torch.tensor([[1.0, -1.0, 2.0]]), torch.ones(1, 3).bool(), discount=0.5)
+    tensor([[1., 0., 2.]])
     """
     returns = torch.where(turn_mask, turn_rewards, 0.0)
     for k in reversed(range(returns.shape[1] - 1)):
@@ -161,15 +177,18 @@ def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, cli
 
 # === 5. The belief ===============================================================================
 def wrap_answer(policy: Policy, template: str, answer: str) -> tuple[list[int], set[int]]:
-    """The tokens of the answer in its template, and the positions of those that are not its own.
+    """The tokens of the answer in its template, and the positions of those around the answer.
 
-    The text is encoded as one piece, as the policy would write it: " Ada" and not " " + "Ada".
+    The text is encoded as a whole, as the policy would write it: "answer" + " Ada", where the name
+    has its space. Only the tokens of the name count in Eq. 1.
     """
     start = template.index("{answer}")
     encoded = policy.tokenizer(template.replace("{answer}", answer), add_special_tokens=False,
                                split_special_tokens=True, return_offsets_mapping=True)
     outside = {position for position, (first, last) in enumerate(encoded["offset_mapping"])
                if last <= start or first >= start + len(answer)}
+    if len(outside) == len(encoded["input_ids"]):
+        stop(f"the right answer {answer!r} of the environment has no tokens: no belief in it")
     return encoded["input_ids"], outside
 
 
@@ -177,7 +196,8 @@ def beliefs_before_turns(policy: Policy, episodes: list[Episode], template: str,
                          args: Args) -> Tensor:
     """The belief in the right answer before every turn played, episode by episode. Eq. 1, 2
 
-    For every turn a row that holds what came before it and then the answer, as if it had been said.
+    -> (N,), N turns in all. A row for every turn: its context, then the answer as if the policy had
+    given it there. The policy that sampled the turns is asked, at the temperature of the sampling.
     """
     rows = []
     for episode in episodes:
@@ -196,7 +216,7 @@ def beliefs_before_turns(policy: Policy, episodes: list[Episode], template: str,
 
 def belief_metrics(beliefs: Tensor, gains: Tensor, outcomes: Tensor, turn_mask: Tensor,
                    group_size: int) -> dict[str, float]:
-    """How the belief went, over the episodes of all processes."""
+    """Columns of the log: means over the episodes, groups and gains of all processes."""
     last = turn_mask.sum(1, keepdim=True).clamp(min=1) - 1
     table = all_gather(torch.stack([beliefs[:, 0], beliefs.gather(1, last)[:, 0], outcomes], 1))
     groups, gains = table[:, 2].view(-1, group_size), all_gather(gains[:, :-1][turn_mask[:, 1:]])
