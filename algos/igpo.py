@@ -250,12 +250,13 @@ def main(args: Args) -> dict[str, float]:
     if args.group_size < 2:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
     with Run(args, "igpo") as run:
-        envs, policy = make_envs(args), load_policy(args)
-        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
-        if "answer" not in start_episodes(envs[:1], [0])[0].start_info:
+        [env] = make_envs(args, 1)
+        if "answer" not in start_episodes([env], [0])[0].start_info:
             stop(f"--env-id {args.env_id}: IGPO needs to know the right answer, and the "
                  "reset of the environment has none in info['answer']")
-        template = getattr(envs[0].unwrapped, "answer_template", "{answer}")
+        template = getattr(env.unwrapped, "answer_template", "{answer}")
+        envs, policy = make_envs(args), load_policy(args)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
 
         for iteration in run.iterations(policy, optimizer=optimizer):
             # 1. collect num_prompts groups of group_size episodes
