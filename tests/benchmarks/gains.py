@@ -19,7 +19,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from algos.igpo import Args, information_gain, probe_beliefs
+from algos.igpo import Args, beliefs_before_turns, information_gain
 from policies import load_policy
 from utils import collect_groups, make_envs, turn_table
 
@@ -42,7 +42,7 @@ def main(options: Options):
             _, mask = turn_table(episodes, lambda turn: 0.0, policy.device)
             for args.belief in ("log_prob", "prob"):
                 beliefs = torch.zeros(mask.shape)
-                beliefs[mask] = probe_beliefs(policy, episodes, "answer {answer}", args)
+                beliefs[mask] = beliefs_before_turns(policy, episodes, "answer {answer}", args)
                 for episode, row in zip(episodes, information_gain(beliefs, mask).tolist(), strict=True):
                     for turn, gain in zip(episode.turns[:-1], row, strict=False):
                         last = turn.info["known"] == turn.info["hops"]
