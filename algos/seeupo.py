@@ -12,29 +12,33 @@ seeupo of modelscope/AgentEvolver at e59dea41.
     Eq. 5  M_e = A_e for the first turn updated; after the step on turn t, M_e is multiplied by
                  r_e of that turn under the new parameters                                  [7, 8]
 
-    pi_k  the policy that collected: old_logprobs, for all turns    M  credit (E, K)
-    t     a turn here    r  ratio, w in st_ppo.py                   [n]  equation of the paper
+    R_e  task_reward    A_e  scaled_advantages    r_e  turn_log_ratio    M_e  credit (E, K)
+    pi_k  the policy that collected: old_logprobs, for all turns    e, t  episode, turn
+    [n]  equation of the paper    [code]  released code
 
-An iteration takes one optimizer step per turn, in --order: reverse is backward induction, an early
-turn is judged by what the later ones have become. In exact arithmetic, with a policy of its own for
-every turn, that reaches the global optimum; the step sizes, the shared parameters and the sampling
-here are outside of the theorem.
+An iteration takes one optimizer step per turn. --order reverse is backward induction: an early turn
+is judged by what the later ones have become. In exact arithmetic, with a policy of its own for
+every turn, that reaches the global optimum. The theorem does not cover the step sizes, the shared
+parameters and the sampling here.
 
 Changed from st_ppo.py
-    - no critic: the group's mean is the baseline, every token of an episode has the same A
-    - one optimizer step per turn, on the rows that have it, cut after it
-    - the weights M of Eq. 5
+    - there is no critic: the group's mean is the baseline, and all turns of an episode share A
+    - every optimizer step is on one turn: on the rows that have it, which are cut after it
+    - the turns updated before change the weight of an episode, Eq. 5
 
 Deviations and choices
-    D1  --released does what the released code does and the paper does not: old log-probs are taken
-        again before every turn, so that the clip never binds; the factors and their product are
-        clamped to 1 +- 0.2, A to +- 3.
-    D2  Eq. 5 would be exact with the sum over a turn's tokens in Eq. 3, not with their mean.
-    D3  Controls. --order together: all turns in one step, with GSPO's ratio per turn, or with
-        --ratio token GRPO's; the mean is over turns in both. --no-sequential-weights: M = A.
-    D4  An episode without the turn has the factor 1 and is not in the mean (code: its padding
-        is). A turn whose episodes all have A = 0 is skipped.
-    D5  s is the summed reward of any environment, made for 0 to 1.
+    D1  The released code differs from the paper, and --released follows it (default: the paper).
+        It takes old_logprobs again before every turn, so r_e is 1 and the clip never binds. It
+        clamps r_e in Eq. 5 and M_e / A_e to 0.8 .. 1.2, and A_e to -3 .. 3.
+    D2  Eq. 3 takes the mean over a turn's tokens, as the released code does. Eq. 5 would be exact
+        with their sum, which is noisier.
+    D3  Controls: --no-sequential-weights keeps M = A. --order together takes all turns in one step,
+        with the ratio per turn (as in GSPO) or, with --ratio token, per token (as in GRPO); the
+        loss is a mean over turns in both.
+    D4  An episode without turn t keeps its M and is not in the mean of Eq. 4. In the released code
+        its padding is in the mean. A turn whose episodes all have A = 0 is skipped.
+    D5  s is the summed reward of any environment. Eq. 1 is made for s from 0 to 1.
+    D6  Episodes are sampled at temperature 1 (code: 0.9).
 
     python algos/seeupo.py        about 2.5 minutes on 2 CPU cores
 """
@@ -77,11 +81,11 @@ class Args(RunArgs):
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
-    order: Literal["reverse", "natural", "random", "together"] = "reverse"  # of the turns' updates
-    sequential_weights: bool = True  # multiply M by the ratios of the turns updated, Eq. 5
-    ratio: Literal["turn", "token"] = "turn"  # Eq. 3, or that of every token (a control)
-    released: bool = False  # as the released code, D1
-    advantage_scale: Literal["batch_std", "none", "group_std"] = "batch_std"  # divisor in Eq. 2
+    order: Literal["reverse", "natural", "random", "together"] = "reverse"  # paper's: reverse
+    sequential_weights: bool = True  # the paper's Eq. 5; no: M stays A
+    ratio: Literal["turn", "token"] = "turn"  # the paper's Eq. 3, or a control
+    released: bool = False  # follow the released code where it differs from the paper, D1
+    advantage_scale: Literal["batch_std", "none", "group_std"] = "batch_std"  # paper's: batch_std
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 4
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 4
     kl_coefficient: float = 0.002  # weight of KL(policy || start policy), estimator k3, in Eq. 4
@@ -91,7 +95,13 @@ class Args(RunArgs):
 # === 3. Advantages ===============================================================================
 @torch.no_grad()
 def task_reward(score: Tensor, garbage: Tensor) -> Tensor:
-    """What an episode's score is worth. Eq. 1; score (E,) in [0, 1], garbage (E,) bool -> (E,)"""
+    """What an episode's score is worth: a full score counts extra. Eq. 1
+
+    score (E,) in [0, 1], garbage (E,) bool -> (E,)
+
+    >>> task_reward(torch.tensor([1.0, 0.5, 0.5]), torch.tensor([False, False, True]))
+    tensor([ 1.5000,  0.2500, -1.0000])
+    """
     return torch.where(garbage, -1.0, torch.where(score >= 1, 1 + 0.5 * score, 0.5 * score))
 
 
@@ -99,7 +109,12 @@ def task_reward(score: Tensor, garbage: Tensor) -> Tensor:
 def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std") -> Tensor:
     """Rewards relative to their group's mean, divided by the std of the batch. Eq. 2
 
-    rewards (E,), of all processes, groups in order -> (E,); exactly 0 in a group of equals
+    rewards (E,) of all processes, groups are neighbours -> (E,); exactly 0 in a group of equals.
+    The scale none does not divide, and group_std divides by the std of the group.
+
+    >>> rewards = torch.tensor([1.5, 0.0, 0.0, 1.25, 0.75, 0.25, 0.5, 0.5, 0.5])
+    >>> scaled_advantages(rewards, group_size=3)  # means 0.5, 0.75, 0.5; std of what is left 0.5
+    tensor([ 2., -1., -1.,  1.,  0., -1.,  0.,  0.,  0.])
     """
     groups = rewards.view(-1, group_size)
     differ = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) > 1e-6
@@ -111,7 +126,11 @@ def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std"
 
 
 def turn_order(num_turns: int, order: str, rng: np.random.Generator) -> list[list[int]]:
-    """The turns of every optimizer step: one each, or all in one."""
+    """Which turns every optimizer step trains: one turn, or all of them.
+
+    >>> turn_order(3, "reverse", np.random.default_rng(1))
+    [[2], [1], [0]]
+    """
     turns = list(range(num_turns))
     return {"reverse": [[t] for t in reversed(turns)], "natural": [[t] for t in turns],
             "random": [[t] for t in rng.permutation(turns).tolist()], "together": [turns]}[order]
@@ -120,10 +139,14 @@ def turn_order(num_turns: int, order: str, rng: np.random.Generator) -> list[lis
 @torch.no_grad()
 def multiply_weights(running: Tensor, log_ratio: Tensor, episode_id: Tensor,
                      bound: float | None = None) -> Tensor:
-    """M / A after one more turn. Eq. 5
+    """Multiply M / A by the ratio of the turn that was just updated. Eq. 5
 
-    running (E,), log_ratio (B,) of that turn, episode_id (B,) -> (E,); episodes without a row keep
-    theirs
+    running (E,) is M / A, log_ratio (B,) that of the turn, episode_id (B,) -> (E,). An episode
+    without a row keeps its value. The ratio and the result stay within 1 +- bound.
+
+    >>> log_ratio, episode_id = torch.tensor([0.5, 1.5]).log(), torch.tensor([2, 0])
+    >>> multiply_weights(torch.tensor([1.0, 2.0, 3.0]), log_ratio, episode_id)
+    tensor([1.5000, 2.0000, 1.5000])
     """
     low, high = (0.0, float("inf")) if bound is None else (1 - bound, 1 + bound)
     factor = log_ratio.clamp(-20, 20).exp().clamp(low, high)
@@ -135,6 +158,9 @@ def turn_log_ratio(log_ratio: Tensor, turn_id: Tensor) -> Tensor:
     """The mean log-ratio of the turn that a token belongs to. Eq. 3
 
     log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1
+
+    >>> turn_log_ratio(torch.tensor([[0.1, 0.3, 0.0, 0.4]]), torch.tensor([[0, 0, -1, 1]]))
+    tensor([[0.2000, 0.2000, 0.0000, 0.4000]])
     """
     index = turn_id + 1  # column 0 takes what was not sampled
     zeros = log_ratio.new_zeros(len(index), int(index.max()) + 1)  # (B, K + 1)
@@ -160,7 +186,13 @@ def turn_loss(batch: dict[str, Tensor], logprobs: Tensor, of_turns: bool, clip_l
     """Minus the objective of Eq. 4, and weighted means for the log.
 
     logprobs (B, T); batch: old_logprobs, ref_logprobs, advantages (M on every token), turn_id,
-    weights (B, T), which sum to 1
+    weights (B, T), which sum to 1; of_turns: the ratio is that of the turn, else of the token
+
+    >>> one, zero = torch.ones(1, 2), torch.zeros(1, 2)  # a turn of two tokens with M = 1
+    >>> batch = {"old_logprobs": zero, "ref_logprobs": zero, "turn_id": zero.long(),
+    ...          "advantages": one, "weights": one / 2}
+    >>> turn_loss(batch, torch.tensor([[1.0, 2.25]]).log(), True, 0.2, 0.2, 0.0)[0]  # min(1.5, 1.2)
+    tensor(-1.2000)
     """
     advantages, weights = batch["advantages"], batch["weights"]  # (B, T)
     log_ratio = torch.where(batch["turn_id"] >= 0, logprobs - batch["old_logprobs"], 0.0)
@@ -178,7 +210,10 @@ def turn_loss(batch: dict[str, Tensor], logprobs: Tensor, of_turns: bool, clip_l
 
 # === 5. Rows of a turn ===========================================================================
 def rows_of_turns(batch: dict[str, Tensor], turns: list[int]) -> dict[str, Tensor]:
-    """The rows that have one of the turns, cut after it, with the other turns' tokens unmarked."""
+    """Keep the rows that have one of these turns and cut them after it.
+
+    turn_id becomes -1 on the tokens of other turns, so that they are not trained.
+    """
     here = torch.isin(batch["turn_id"], torch.tensor(turns, device=batch["turn_id"].device))
     positions = torch.arange(here.shape[1], device=here.device)
     marked = batch | {"turn_id": torch.where(here, batch["turn_id"], -1),
@@ -189,7 +224,7 @@ def rows_of_turns(batch: dict[str, Tensor], turns: list[int]) -> dict[str, Tenso
 # === 6. Update ===================================================================================
 def update(policy: Policy, reference: Policy, optimizer: torch.optim.Optimizer,
            batch: dict[str, Tensor], args: Args) -> dict[str, float]:
-    """One optimizer step on the rows of one turn (or of all)."""
+    """One optimizer step on the rows of one turn, or of all turns; reference: the start policy."""
     mask, index = batch["turn_id"] >= 0, batch["turn_id"] + 1
     tokens = torch.zeros(len(mask), int(index.max()) + 1 if len(mask) else 1, device=mask.device)
     tokens = tokens.scatter_add(1, index, mask.float()).gather(1, index).clamp(min=1)  # of the turn
@@ -204,7 +239,7 @@ def update(policy: Policy, reference: Policy, optimizer: torch.optim.Optimizer,
                                 args.kl_coefficient)
         loss.backward()
         parts["entropy"] = (rows["weights"] * entropy).sum()
-        sums = {name: sums[name] + parts[name].detach() for name in sums}
+        sums |= {name: sums[name] + x.detach() for name, x in parts.items()}
     norm = optimizer_step(policy.model, optimizer, args.max_grad_norm)
     return over_processes(sums) | {"grad_norm": norm}
 
