@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from algos.seeupo import clipped_objective, multiply_weights, turn_factor, turn_order
+from algos.seeupo import multiply_weights, turn_loss, turn_order
 
 BATCHES = (1, 5, 10, 20, 40)
 
@@ -53,7 +53,7 @@ def play(turns: int, order: str, weighted: bool, rule: str, batches: int) -> lis
     """The exact value after every batch; one update per turn and batch."""
     actions, turn_id, returns = outcomes(turns)
     logits = torch.log(torch.tensor([[0.5, 0.5]] * (turns - 1) + [[0.8, 0.2]], dtype=torch.double))
-    values, rng, episode_id = [], np.random.default_rng(0), torch.arange(len(actions))
+    values, rng = [], np.random.default_rng(0)
     for _ in range(batches):
         old = logprobs_of(logits, actions)
         probability = old.sum(1).exp()  # (E,)
@@ -69,13 +69,16 @@ def play(turns: int, order: str, weighted: bool, rule: str, batches: int) -> lis
                     logits[turn] = torch.tensor([0.0, -60.0] if best == 0 else [-60.0, 0.0])
             else:
                 leaf = logits.clone().requires_grad_()
-                log_ratio = (logprobs_of(leaf, actions) - old)[:, turn]
-                terms = clipped_objective(log_ratio, weights, 0.2, 0.2)
-                (probability * terms)[here].sum().backward()
-                logits = logits + float(rule.split()[-1]) * leaf.grad
+                marked = torch.where(torch.arange(turns) == turn, turn_id, -1)  # this turn only
+                batch = {"old_logprobs": old, "ref_logprobs": old, "turn_id": marked,
+                         "advantages": weights[:, None].expand_as(old),
+                         "weights": probability[:, None] * (marked >= 0)}
+                loss, _ = turn_loss(batch, logprobs_of(leaf, actions), True, 0.2, 0.2, 0.0)
+                loss.backward()
+                logits = logits - float(rule.split()[-1]) * leaf.grad
             if weighted:
-                factor = turn_factor(logprobs_of(logits, actions) - old, turn_id, turn, "product")
-                running = multiply_weights(running, factor, episode_id)
+                log_ratio = (logprobs_of(logits, actions) - old)[:, turn]  # an action is one token
+                running = multiply_weights(running, log_ratio[here], here.nonzero()[:, 0])
         values.append(value(logits, actions, returns))
     return values
 
