@@ -313,7 +313,7 @@ def test_the_update_does_not_depend_on_padding_row_order_or_what_stands_outside_
     padded = {k: torch.nn.functional.pad(x, (0, 6), value=fill[k]) if x.dim() > 1 else x for k, x in batch.items()}
     shuffled = {k: x[torch.tensor([4, 8, 0, 7, 2, 6, 1, 3, 5])] for k, x in batch.items()}
     outside = batch["turn_id"] != turn
-    changed = batch | {k: torch.where(outside, 123.0, batch[k]) for k in ("old_logprobs", "advantages")}
+    changed = batch | {k: torch.where(outside, -123.0, batch[k]) for k in ("old_logprobs", "advantages")}
     for same in (padded, shuffled, changed):
         metrics, gradient, _ = run_update(policy, rows_of_turns(same, [turn]), reference)
         assert base[0] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
