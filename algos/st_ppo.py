@@ -1,39 +1,33 @@
-"""ST-PPO: one clipped ratio per turn, and gradients divided by what the clipping took from them.
+"""ST-PPO: PPO with one ratio per turn, and a gradient divided by the norm of what clipping removed.
 
 Paper: "ST-PPO: Stabilized Off-Policy Proximal Policy Optimization for Multi-Turn Agents Training",
-arXiv 2511.20718v1 (v2 has another title). Its abstracts, three public reviews that quote equations
-7 and 8, and two summaries (equation 4, lemma 4.2) were read; the body and the code were not
-available. A reconstruction.
+arXiv 2511.20718v1. A reconstruction from its abstract, reviews that quote equations 7 and 8, and
+summaries (equation 4, lemma 4.2): the body and the code were not available. [n]: its numbers.
 
-    Eq. 1  w_t = exp(l_t)                            l_t = log pi(token t) - log pi_old(token t)
-    Eq. 2  w_k = exp(mean of l_t over the tokens of turn k), the same for all of them          [4]
-    Eq. 3  J = mean min(w A_t, clip(w, 1 - clip_low, 1 + clip_high) A_t)
-    Eq. 4  token t binds if A_t > 0 and w > 1 + clip_high, or A_t < 0 and w < 1 - clip_low
-    Eq. 5  C = gradient of the mean of w A_t over the tokens that bind, 0 for the others
-    Eq. 6  grad J = (gradient of the mean of w A_t) - C
-    Eq. 7  step along s grad J, s = 1 / max(1, |C|)   (s_ppo, st_ppo)      [7 to 9 divide by |C|]
-    Eq. 8  A_t = R_t + discount V_{t+} - V_t + discount gae_lambda A_{t+}, then whitened
+    Eq. 1  w_t = exp(l_t)                                                        (ppo, s_ppo)
+    Eq. 2  w_t = exp(mean of l over the tokens of t's turn)            [4]       (turn_ppo, st_ppo)
+    Eq. 3  J = mean_t min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)
+    Eq. 4  token t binds if A_t > 0 and w_t > 1 + clip_high, or A_t < 0 and w_t < 1 - clip_low
+    Eq. 5  C = grad mean_t (w_t A_t if token t binds, else 0)          the clip bias
+    Eq. 6  grad J = grad mean_t (w_t A_t) - C          since the term of a token that binds is flat
+    Eq. 7  step along s grad J, s = 1 / max(1, |C|); paper: 1 / |C|    [7 to 9]  (s_ppo, st_ppo)
+    Eq. 8  A_t = R_t + discount V_next - V_t + discount gae_lambda A_next, then whitened
     Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
 
-    --variant      ppo: Eq. 1     turn_ppo: Eq. 2     s_ppo: Eq. 1 and 7     st_ppo: Eq. 2 and 7
-
-    l  log_ratio (B, T)    w  ratio    V  values (B, T)    C  clip_bias    s  gradient_scale
-    R_t  the turn's reward on its last token, else 0    V_target  A + V before whitening
-    t+   the next sampled token: observations are skipped     |C|  Euclidean, over all parameters
-    [n]  equation of the paper, as quoted
+    l  log_ratio (B, T), log pi(token) - log pi_old(token)     V  values (B, T)     s  scale
+    R_t  the reward of a turn on its last token, else 0        V_target  A + V, before whitening
+    next  the next sampled token: observations are skipped     C  clip_bias         |C|  its norm
 
 Changed from igpo.py
-    - a critic, and an advantage per token from the environment's own rewards
-    - the ratio may be that of a turn, and the gradient is scaled (Eq. 2, 7)
-    - batches may be used many times and late: --num-epochs, --num-minibatches, --staleness
+    - a critic; one ratio per turn; a scaled gradient; batches may be used many times, and late
 
 Deviations and choices
-    D1  Eq. 7 where |C| < 1, or nothing binds: open in the sources. --scale triggered: 1 / |C| if a
-        token binds; relative: |grad J + C| / (|grad J + C| + |C|).
-    D2  Adam largely undoes a constant factor on the gradient, and --max-grad-norm any factor
-        where s |grad J| is still above it: --scale step multiplies the learning rate instead.
-    D3  A time limit ends the task: V = 0 after it. No KL and no entropy term.
-    D4  The mean in Eq. 3 is over the tokens of an episode, then over episodes, in all variants.
+    D1  Eq. 7: --scale triggered is the paper's. The default is not: it never lengthens a step.
+        relative: s = |g| / (|g| + |C|), g = grad J + C. In all of them s = 1 if no token binds.
+    D2  Adam largely undoes a constant s, and so does --max-grad-norm where s |grad J| is above it.
+        --scale step multiplies the learning rate by the default's s instead.
+    D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
+    D4  mean_t in Eq. 3 is over the tokens of an episode, then over episodes (PPO: over all tokens).
 
     python algos/st_ppo.py        about 1.5 minutes on 2 CPU cores
 """
@@ -76,8 +70,9 @@ class Args(RunArgs):
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
-    variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # t: Eq. 2, s: Eq. 7
-    scale: Literal["at_most_one", "triggered", "relative", "step"] = "at_most_one"  # s; D1, D2
+    variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # see the table above
+    # s in Eq. 7: triggered is the paper's, the default is not (D1); step: on the learning rate (D2)
+    scale: Literal["at_most_one", "triggered", "relative", "step"] = "at_most_one"
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 3
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 3
     discount: float = 1.0  # per sampled token, Eq. 8
@@ -93,24 +88,28 @@ class Args(RunArgs):
 # === 3. Advantages ===============================================================================
 @torch.no_grad()
 def place_turn_rewards(turn_rewards: Tensor, turn_id: Tensor) -> Tensor:
-    """R_t: the reward of every turn on its last sampled token, 0 on the others. Eq. 8
+    """R_t: the reward of every turn on its last sampled token, 0 on all others. Eq. 8
 
-    turn_rewards (B, K), turn_id (B, T) -> (B, T)
+    turn_rewards (B, K), turn_id (B, T) -> (B, T); the tokens of a turn stand next to each other
+
+    >>> place_turn_rewards(torch.tensor([[1.0, 5.0]]), torch.tensor([[-1, 0, 0, -1, 1]]))
+    tensor([[0., 0., 1., 0., 5.]])
     """
-    rewards = torch.zeros(turn_id.shape, device=turn_id.device)
-    for k in range(turn_rewards.shape[1]):
-        here = turn_id == k  # (B, T) the tokens of turn k
-        last = here & (here.flip(1).cumsum(1).flip(1) == 1)  # no token of the turn after it
-        rewards += last * turn_rewards[:, k, None]
-    return rewards
+    following = torch.nn.functional.pad(turn_id[:, 1:], (0, 1), value=-1)  # the next token's turn
+    last = (turn_id >= 0) & (turn_id != following)
+    return torch.where(last, turn_rewards.gather(1, turn_id.clamp(min=0)), 0.0)
 
 
 @torch.no_grad()
-def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0,
-                   gae_lambda: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates over the sampled tokens only, and what V should be. Eq. 8
+def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float,
+                   gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates A over the sampled tokens, and the targets A + V. Eq. 8
 
     rewards, values (B, T), mask (B, T) bool -> two (B, T), 0 off the mask
+
+    >>> mask = torch.tensor([[True, False, True]])  # 1 - 0.25, then 0.25 - 0.5 + 0.5 * 0.75
+    >>> gae_advantages(torch.tensor([[0, 0, 1.0]]), torch.tensor([[0.5, 9, 0.25]]), mask, 1, 0.5)[0]
+    tensor([[0.1250, 0.0000, 0.7500]])
     """
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
@@ -125,12 +124,15 @@ def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: floa
 
 @torch.no_grad()
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and (unbiased) variance 1 over the sampled tokens of all processes. After Eq. 8
+    """Advantages with mean 0 and variance 1 over the sampled tokens of all processes. After Eq. 8
 
     advantages (B, T), mask (B, T) bool -> (B, T), 0 off the mask
+
+    >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))  # variance 2
+    tensor([[-0.7071,  0.7071,  0.0000]])
     """
     pool = all_gather(advantages[mask])
-    variance = pool.var() if len(pool) > 1 else torch.ones_like(pool.mean())
+    variance = pool.var() if len(pool) > 1 else torch.ones(())
     return torch.where(mask, (advantages - pool.mean()) / (variance + 1e-8).sqrt(), 0.0)
 
 
@@ -139,40 +141,57 @@ def turn_log_ratio(log_ratio: Tensor, turn_id: Tensor) -> Tensor:
     """The mean log-ratio of the turn that a token belongs to. Eq. 2
 
     log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1
+
+    >>> turn_log_ratio(torch.tensor([[0.1, 0.3, 0.0, 0.4]]), torch.tensor([[0, 0, -1, 1]]))
+    tensor([[0.2000, 0.2000, 0.0000, 0.4000]])
     """
     index = turn_id + 1  # column 0 takes what was not sampled
     zeros = log_ratio.new_zeros(len(index), int(index.max()) + 1)  # (B, K + 1)
-    means = zeros.scatter_add(1, index, log_ratio) / zeros.scatter_add(
-        1, index, torch.ones_like(log_ratio)).clamp(min=1)
+    means = zeros.scatter_reduce(1, index, log_ratio, "mean", include_self=False)
     return torch.where(turn_id >= 0, means.gather(1, index), 0.0)
 
 
-def surrogate_and_clip_bias(log_ratio: Tensor, batch: dict[str, Tensor], clip_low: float,
+def surrogate_and_clip_bias(log_ratio: Tensor, advantages: Tensor, weights: Tensor, clip_low: float,
                             clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """J, the scalar whose gradient is the clip bias C, and which tokens bind. Eq. 3, 4, 5
+    """J, a scalar whose gradient is the clip bias C, and which tokens bind. Eq. 3, 4, 5
 
-    log_ratio (B, T) of tokens or turns; batch: advantages, weights (B, T) -> (), (), (B, T) bool
+    log_ratio (of tokens or turns), advantages, weights (B, T) -> (), (), (B, T) bool
+
+    >>> log_ratio, advantages = torch.tensor([[1.5, 1.5]]).log(), torch.tensor([[1.0, -1.0]])
+    >>> surrogate_and_clip_bias(log_ratio, advantages, torch.ones(1, 2), 0.2, 0.2)  # 1.2 - 1.5, 1.5
+    (tensor(-0.3000), tensor(1.5000), tensor([[ True, False]]))
     """
-    ratio, advantages = log_ratio.clamp(-20, 20).exp(), batch["advantages"]
+    ratio = log_ratio.clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     binding = clipped * advantages < ratio * advantages
     objective = torch.where(binding, clipped * advantages, ratio * advantages)
     removed = torch.where(binding, ratio * advantages, 0.0)
-    return (batch["weights"] * objective).sum(), (batch["weights"] * removed).sum(), binding
+    return (weights * objective).sum(), (weights * removed).sum(), binding
 
 
 def gradient_scale(bias_norm: float, full_norm: float, scale: str) -> float:
-    """The factor s of a step, from |C| and |grad J + C|. Eq. 7, D1, D2"""
+    """The factor s of a step, from |C| and |grad J + C|. Eq. 7, D1
+
+    >>> [gradient_scale(0.25, 1.0, scale) for scale in ("at_most_one", "triggered", "relative")]
+    [1.0, 4.0, 0.8]
+    """
     if bias_norm == 0:
         return 1.0
-    return {"triggered": 1 / bias_norm, "relative": full_norm / (full_norm + bias_norm)}.get(
-        scale, 1 / max(1.0, bias_norm))
+    if scale == "triggered":
+        return 1 / bias_norm
+    if scale == "relative":
+        return full_norm / (full_norm + bias_norm)
+    return 1 / max(1.0, bias_norm)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
-    """Half the squared error, the larger of clipped and unclipped values. Eq. 9
+    """Half the squared error of the critic: the larger of clipped and unclipped. Eq. 9
 
     values, old_values, returns, weights (B, T) -> scalar; weights sum to 1 over the step
+
+    >>> one = torch.ones(1, 1)  # a value that went from 0 to 1 counts as 0.5; its target is 2
+    >>> value_loss(one, 0 * one, 2 * one, one)
+    tensor(1.1250)
     """
     clipped = old_values + (values - old_values).clamp(-0.5, 0.5)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -181,20 +200,20 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
 
 # === 5. The critic ===============================================================================
 class Critic(torch.nn.Module):
-    """A copy of the policy's network with a number instead of token scores at its end."""
+    """A copy of the policy's network that ends in one number instead of token scores."""
 
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy, self.trunk = policy, copy.deepcopy(policy.model.base_model)
         self.head = torch.nn.Linear(policy.model.config.hidden_size, 1, device=policy.device)
-        torch.nn.init.zeros_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The value (B, T) before every sampled token, from what stands before it; 0 elsewhere."""
-        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.policy.bf16):
+        """The value of every sampled token's past, (B, T), 0 elsewhere; the head is not in bf16."""
+        with self.policy.autocast():
             hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state  # (B, T, D)
-        before = self.head(hidden[:, :-1].float())[:, :, 0]  # (B, T - 1), not rounded to bf16
-        values = torch.nn.functional.pad(before, (1, 0))
+        values = torch.nn.functional.pad(self.head(hidden[:, :-1].float())[:, :, 0], (1, 0))
         return torch.where(batch["turn_id"] >= 0, values, 0.0)
 
 
@@ -212,47 +231,41 @@ def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor
 def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
            critic_optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
            args: Args) -> dict[str, float]:
-    """One optimizer step of the policy and one of the critic on one minibatch."""
+    """One optimizer step of the policy, Eq. 7, and one of the critic, on one minibatch."""
     mask, of_turns = batch["turn_id"] >= 0, args.variant in ("turn_ppo", "st_ppo")
-    batch["token_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)
-    batch["weights"] = mask / mask.sum(1, keepdim=True).clamp(min=1)  # mean over tokens of a row
-    batch["weights"] /= all_reduce_sum(mask.any(1).sum()).clamp(min=1)  # .. and over rows
+    batch["token_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)  # mean over tokens
+    batch["weights"] = mask / mask.sum(1, keepdim=True).clamp(min=1)  # mean over tokens of a row,
+    batch["weights"] /= all_reduce_sum(mask.any(1).sum()).clamp(min=1)  # then over rows: D4
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    clip_bias = torch.zeros(sum(p.numel() for p in parameters), device=policy.device)
-    sums = dict.fromkeys(("loss", "value_loss", "entropy", "clip_fraction", "approx_kl"),
-                         torch.zeros(()))
+    gradient, clip_bias = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
+    sums = dict.fromkeys(("loss", "value_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
     for rows in micro_batches(batch, args.micro_batch_tokens):
         logprobs, entropy = token_logprobs(policy, rows, args.temperature)
         log_ratio = torch.where(rows["turn_id"] >= 0, logprobs - rows["old_logprobs"], 0.0)
         pooled = turn_log_ratio(log_ratio, rows["turn_id"]) if of_turns else log_ratio
         objective, removed, binding = surrogate_and_clip_bias(
-            pooled, rows, args.clip_low, args.clip_high)
-        if binding.any():  # else C is 0
-            parts = torch.autograd.grad(removed, parameters, retain_graph=True)
-            clip_bias += torch.cat([x.flatten() for x in parts])
-        (-objective).backward()
+            pooled, rows["advantages"], rows["weights"], args.clip_low, args.clip_high)
+        parts = torch.autograd.grad(removed, parameters, retain_graph=True)
+        clip_bias += torch.cat([x.flatten() for x in parts])  # exactly 0 if no token binds
+        parts = torch.autograd.grad(objective, parameters)
+        gradient += torch.cat([x.flatten() for x in parts])
         error = value_loss(critic(rows), rows["values"], rows["returns"], rows["token_weights"])
         error.backward()
         means = {"entropy": entropy, "clip_fraction": binding,
-                 "approx_kl": log_ratio.exp() - 1 - log_ratio}
+                 "approx_kl": log_ratio.exp() - 1 - log_ratio}  # KL(old || new), k3 from old
         means = {name: (rows["token_weights"] * x).sum() for name, x in means.items()}
         means |= {"loss": -objective, "value_loss": error}
         sums = {name: sums[name] + means[name].detach() for name in sums}
-    clip_bias = all_reduce_sum(clip_bias)  # before its norm: norms of parts do not add up
-    gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else -p.grad.flatten()
-                          for p in parameters])
-    bias_norm = clip_bias.norm().item()
-    full_norm = (all_reduce_sum(gradient) + clip_bias).norm().item()
-    scale = 1.0
-    if args.variant in ("s_ppo", "st_ppo"):
-        scale = gradient_scale(bias_norm, full_norm, args.scale)
-    on_step = args.scale == "step"
+    gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # before their norms
+    bias_norm, full_norm = clip_bias.norm().item(), (gradient + clip_bias).norm().item()
+    scaled, on_step = args.variant in ("s_ppo", "st_ppo"), args.scale == "step"
+    scale = gradient_scale(bias_norm, full_norm, args.scale) if scaled else 1.0
     optimizer.param_groups[0]["lr"] = args.learning_rate * (scale if on_step else 1)
-    for p in parameters:
-        if p.grad is not None:
-            p.grad *= 1 if on_step else scale
+    gradient *= -1 if on_step else -scale  # minus: an optimizer minimizes
+    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
     optimizer_step(critic, critic_optimizer, args.max_grad_norm)
-    norm = optimizer_step(policy.model, optimizer, args.max_grad_norm)
+    norm = optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
     return over_processes(sums) | {
         "clip_bias_norm": bias_norm, "gradient_scale": scale, "scaled_steps": float(scale != 1),
         "grad_norm": norm, "grad_clipped": float(norm > args.max_grad_norm)}
@@ -260,15 +273,16 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
 
 # === 7. Main =====================================================================================
 def main(args: Args) -> dict[str, float]:
+    if args.num_minibatches > args.num_prompts * args.group_size:
+        stop(f"--num-prompts {args.num_prompts} makes too few episodes for --num-minibatches")
     if args.staleness and world_size() > 1:
         stop("--staleness needs a single process: a checkpoint holds one queue of batches")
     with Run(args, "st_ppo") as run:
         envs, policy = make_envs(args), load_policy(args)
-        critic = Critic(policy)
+        critic, queue = Critic(policy), []  # batches not yet trained on, the oldest first
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
                                              weight_decay=0)
-        queue: list[dict[str, Tensor]] = []  # batches not yet trained on, the oldest first
 
         for iteration in run.iterations(policy, optimizer=optimizer, critic=critic,
                                         critic_optimizer=critic_optimizer, queue=queue):
@@ -278,7 +292,8 @@ def main(args: Args) -> dict[str, float]:
             # 2. score: the environment's rewards; a batch waits --staleness iterations
             rewards, _ = turn_table(episodes, lambda turn: turn.reward, policy.device)  # (E, K)
             batch = collate(episodes, policy.device)
-            queue.append(batch | {"turn_rewards": rewards[batch["episode_id"]]})
+            batch["rewards"] = place_turn_rewards(rewards[batch["episode_id"]], batch["turn_id"])
+            queue.append(batch)
             if len(queue) <= args.staleness:
                 run.log(iteration, episodes, [], None)
                 continue
@@ -287,9 +302,8 @@ def main(args: Args) -> dict[str, float]:
 
             # 3. advantages (B, T)
             batch["values"] = batch_values(critic, batch, args)
-            rewards = place_turn_rewards(batch.pop("turn_rewards"), batch["turn_id"])
-            advantages, batch["returns"] = gae_advantages(rewards, batch["values"], mask,
-                                                          args.discount, args.gae_lambda)
+            advantages, batch["returns"] = gae_advantages(
+                batch["rewards"], batch["values"], mask, args.discount, args.gae_lambda)
             batch["advantages"] = whiten(advantages, mask)
 
             # 4. update; an episode is never split
@@ -299,16 +313,15 @@ def main(args: Args) -> dict[str, float]:
                     args.num_prompts * args.group_size).reshape(world_size(), -1)[rank()]
                 part = torch.tensor(order % args.num_minibatches, device=policy.device)  # (E,)
                 for minibatch in range(args.num_minibatches):
-                    here = part[batch["episode_id"]] == minibatch  # (B,)
-                    rows = select_rows(batch, here.nonzero()[:, 0])
+                    rows = select_rows(batch, part[batch["episode_id"]] == minibatch)
                     updates.append(update(policy, critic, optimizer, critic_optimizer, rows, args))
                 if args.target_kl is not None and updates[-1]["approx_kl"] > args.target_kl:
                     break
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            unexplained, returns = (all_gather(x[mask]) for x in (advantages, batch["returns"]))
-            ratio = (unexplained.var() / returns.var().clamp(min=1e-4)).item()
-            run.log(iteration, episodes, updates, batch, explained_variance=1 - ratio,
+            error, goal = (all_gather(x[mask]).var() for x in (advantages, batch["returns"]))
+            explained = (1 - error / goal).item() if goal > 1e-4 else 0.0
+            run.log(iteration, episodes, updates, batch, explained_variance=explained,
                     clip_bias_norm_max=max(u["clip_bias_norm"] for u in updates))
         return run.finish()
 
