@@ -245,9 +245,9 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         pooled = turn_log_ratio(log_ratio, rows["turn_id"]) if of_turns else log_ratio
         objective, removed, binding = surrogate_and_clip_bias(
             pooled, rows["advantages"], rows["weights"], args.clip_low, args.clip_high)
-        parts = torch.autograd.grad(removed, parameters, retain_graph=True)
+        parts = torch.autograd.grad(removed, parameters, retain_graph=True)  # C, Eq. 5
         clip_bias += torch.cat([x.flatten() for x in parts])  # exactly 0 if no token binds
-        parts = torch.autograd.grad(objective, parameters)
+        parts = torch.autograd.grad(objective, parameters)  # grad J, Eq. 3
         gradient += torch.cat([x.flatten() for x in parts])
         error = value_loss(critic(rows), rows["values"], rows["returns"], rows["token_weights"])
         error.backward()
@@ -259,9 +259,9 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
     gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # before their norms
     bias_norm, full_norm = clip_bias.norm().item(), (gradient + clip_bias).norm().item()
     scaled, on_step = args.variant in ("s_ppo", "st_ppo"), args.scale == "step"
-    scale = gradient_scale(bias_norm, full_norm, args.scale) if scaled else 1.0
+    scale = gradient_scale(bias_norm, full_norm, args.scale) if scaled else 1.0  # s, Eq. 7
     optimizer.param_groups[0]["lr"] = args.learning_rate * (scale if on_step else 1)
-    gradient *= -1 if on_step else -scale  # minus: an optimizer minimizes
+    gradient *= -1 if on_step else -scale  # minus: the optimizer minimizes
     for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p)
     optimizer_step(critic, critic_optimizer, args.max_grad_norm)
