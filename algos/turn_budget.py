@@ -1,38 +1,37 @@
 """Turn budget: how much may an agent think in one turn, when its context is short?
 
-A hypothesis from the literature, not a published algorithm: no paper we know of tests a cap on the
-thought of a single turn. The ideas: ASearcher (arXiv 2508.07976, bounded generation per call),
-SFR-DeepResearch (2509.06283, old thoughts dropped), s1 (2501.19393, thoughts closed by force),
-"More with Less" (2510.16786v2, turn limits), TAB (2604.05164, budgets per turn).
+A hypothesis from the literature; no paper we know of tests a cap on the thought of a single turn.
+The parts: ASearcher (arXiv 2508.07976, bounded generation), SFR-DeepResearch (2509.06283, dropped
+thoughts), s1 (2501.19393, thoughts closed early), More with Less (2510.16786v2, turn limits).
 
-    Eq. 1  b_k = max(0, min(thought_cap, C - used - reserve, pot left))      allowance of turn k
-    Eq. 2  a thought still open after b_k tokens is closed by force; what is put in is not trained
-    Eq. 3  fixed limit = floor(75th percentile of the turns of unrestricted episodes)
-           dynamic     = floor(50th percentile), once extended to the 75th when it is hit
+An answer is a thought, a mark that ends the thought, and an action. When a thought has used up its
+allowance, the script appends the mark; the policy then goes on with the action.
+
+    Eq. 1  b_k = max(0, min(limit, C - used - reserve))               allowance of turn k, in tokens
+           limit = thought_cap (--cap turn), or K thought_cap - thoughts so far (--cap episode)
+    Eq. 2  a thought that is open after b_k tokens is closed; appended tokens are not trained
+    Eq. 3  fixed limit   = floor(75th percentile of the turns of unrestricted episodes)
+           dynamic limit = floor(50th percentile); when it is hit, extended once to the 75th
     Eq. 4  A_k = (R - mean_group R) / (std_group R + 1e-6)    R = sum_k r_k, for every turn
     Eq. 5  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + c entropy
 
-    C  context_limit     reserve  the tokens of the end-of-thought mark and of an action
-    w  ratio             pot      K thought_cap, for all turns together (--cap episode)
+    C  context_limit     used  tokens in the context     reserve  tokens of the mark and an action
+    w_t  ratio           K  max_turns                    k, t  turn, token
 
 Changed from ms_grpo.py
-    - a turn is a thought, an end-of-thought mark and an action; the thought has an allowance
-    - the context is short: an episode that does not fit any more is truncated
+    - thoughts; a short context: an episode is truncated when its next turn does not fit
     - every episode is trained on; the update is plain GRPO
 
 Choices
-    C1  --cap none: a thought may fill the context, which ends the episode. context, episode, turn:
-        it is closed when the context, all of K thought_cap, or thought_cap is used up.
-    C2  --drop-thoughts shows earlier turns without their thoughts: every turn is a row of its own.
-    C3  The mark is the environment's `end_of_thought`, or </think>.
-    C4  Turn limits come from a pilot with the start policy, all episodes counted, failures too.
+    C1  --cap none: a thought may fill the context; this ends the episode, without an action.
+    C2  --drop-thoughts hides the thoughts of earlier turns: every turn becomes a row of its own.
+    C3  Turn limits come from episodes of the start policy, successes and failures, once per run.
 
     python algos/turn_budget.py        about 3 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -50,7 +49,7 @@ from envs.episodes import Episode, Turn
 from policies import Policy, load_policy
 from run_folder import Run
 from utils import (
-    RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate, groups_without_signal,
+    RunArgs, all_reduce_sum, collate, collect_groups, evaluate, gather_list, groups_without_signal,
     make_envs, micro_batches, minibatches, optimizer_step, over_processes, stop, token_logprobs,
     turn_table,
 )
@@ -67,21 +66,18 @@ class Args(RunArgs):
     warm_start_steps: int = 500  # behaviour cloning steps of the tiny model before training
 
     # Algorithm specific arguments
-    cap: Literal["none", "context", "episode", "turn"] = "turn"  # what closes a thought, Eq. 1
-    thought_cap: int = 8  # tokens of a thought, Eq. 1; an episode's pot is this times max_turns
-    context_limit: int = 80  # tokens of the whole context, C
+    cap: Literal["none", "episode", "turn"] = "turn"  # what the cap on thoughts counts, Eq. 1
+    thought_cap: int = 8  # tokens of a thought, its mark included; --cap episode: their mean
+    context_limit: int = 80  # tokens of the whole context, C in Eq. 1
     drop_thoughts: bool = False  # show earlier turns without their thoughts
-    turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # Eq. 3
-    start_percentile: float = 50.0  # first limit of --turn-limit dynamic
-    end_percentile: float = 75.0  # limit of --turn-limit fixed, and of dynamic when extended
-    reminder: bool = False  # every observation ends with the turns left
+    turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # a limit below max_turns, Eq. 3
+    start_percentile: float = 50.0  # first limit of --turn-limit dynamic, Eq. 3
+    end_percentile: float = 75.0  # limit of fixed, and of dynamic after its extension, Eq. 3
+    reminder: bool = False  # every observation ends with the number of turns left
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 5
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 5
     entropy_coefficient: float = 0.001  # weight of the entropy bonus, c in Eq. 5
     num_minibatches: int = 2  # optimizer steps per iteration
-
-
-PILOT = 2**40  # the iteration number of the pilot episodes' random streams
 
 
 # === 3. Advantages ===============================================================================
@@ -130,80 +126,103 @@ def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, cli
 
 
 # === 5. The budget ===============================================================================
-def thought_end(token_ids: list[int], mark: list[int]) -> int | None:
-    """How many tokens a thought has, the mark that ends it included; None while it is open."""
+def thought_allowance(args: Args, thoughts: int, room: int) -> int | None:
+    """How many tokens the next thought may have, its mark included; None: any number. Eq. 1
+
+    thoughts: tokens of the episode's thoughts so far; room: C - used - reserve
+
+    >>> [thought_allowance(Args(cap=cap), 21, room=30) for cap in ("none", "episode", "turn")]
+    [None, 11, 8]
+    """
+    if args.cap == "none":
+        return None
+    pot = args.max_turns * args.thought_cap - thoughts  # in the example 4 * 8 - 21
+    return max(0, min(args.thought_cap if args.cap == "turn" else pot, room))
+
+
+def thought_end(token_ids: list[int], mark: list[int]) -> int:
+    """How many tokens of an answer are its thought, the mark included; all if there is no mark."""
     for end in range(len(mark), len(token_ids) + 1):
         if token_ids[end - len(mark) : end] == mark:
             return end
-    return None
+    return len(token_ids)
 
 
 def forced_tokens(token_ids: list[int], allowance: int | None, action_cap: int, mark: list[int],
                   end_id: int) -> list[int]:
-    """What is put in after these tokens of a turn: the mark, the end of the turn, or nothing. Eq. 2
+    """The tokens to append to an unfinished answer, often none. Eq. 2
 
-    The mark where a thought of `allowance` tokens is still open; the end of the turn where an
-    action has action_cap tokens. A mark sampled as the last token allowed is no forced one.
+    The mark follows an open thought of `allowance` tokens, the end an action of action_cap tokens.
+
+    >>> [forced_tokens(ids, 3, 2, [90], 1) for ids in ([5, 6, 7], [5, 6, 90], [5, 90, 8, 9])]
+    [[90], [], [1]]
     """
     end = thought_end(token_ids, mark)
-    if end is None:
-        over = allowance is not None and len(token_ids) >= allowance
-        return list(mark) if over and token_ids[-1:] != [end_id] else []
-    return [end_id] if len(token_ids) - end >= action_cap and token_ids[-1] != end_id else []
+    if token_ids[-1:] == [end_id]:
+        return []
+    if token_ids[end - len(mark) : end] == mark:
+        return [end_id] if len(token_ids) - end >= action_cap else []
+    return list(mark) if allowance is not None and end >= allowance else []
 
 
 class BudgetPolicy(Policy):
-    """A policy whose thoughts are counted, closed and, later, perhaps forgotten."""
+    """A policy whose thoughts have an allowance and may be dropped from later contexts."""
 
     def set_budget(self, args: Args, mark: str):
         self.args, self.mark = args, self.encode(mark)
         self.context_length = min(self.context_length, args.context_limit)
         self.history_turns = args.max_turns if args.drop_thoughts else None
+        self.reserve = len(self.mark) + args.max_turn_tokens
 
     def allowance(self, episode: Episode, used: int) -> int | None:
-        """Tokens that the thought of this turn may have, its end included; None: any. Eq. 1"""
-        if self.args.cap == "none":
-            return None
-        left = self.context_length - used - len(self.mark) - self.args.max_turn_tokens
-        if self.args.cap == "turn":
-            left = min(left, self.args.thought_cap)
-        elif self.args.cap == "episode":
-            pot = self.args.thought_cap * self.args.max_turns
-            left = min(left, pot - sum(self.thought_length(turn) for turn in episode.turns))
-        return max(0, left)
+        """The allowance of the next thought, after `used` tokens of context. Eq. 1"""
+        thoughts = sum(self.thought_length(turn) for turn in episode.turns)
+        return thought_allowance(self.args, thoughts, self.context_length - used - self.reserve)
 
     def turn_cap(self, episode: Episode, used: int) -> int:
         allowance = self.allowance(episode, used)
-        if allowance is None:  # whatever the context still holds, if the last turn left anything
-            full = any(len(turn.prompt_ids + turn.token_ids) >= self.context_length
-                       for turn in episode.turns[-1:])  # though its thought may be dropped now
-            return 0 if full else self.context_length - used
-        return allowance + len(self.mark) + self.args.max_turn_tokens
+        if allowance is not None:
+            return allowance + self.reserve
+        full = len(episode.row()) >= self.context_length  # then it ends, even if thoughts go
+        return 0 if full else self.context_length - used
 
     def force(self, episode: Episode, used: int, token_ids: list[int]) -> list[int]:
-        put_in = forced_tokens(token_ids, self.allowance(episode, used), self.args.max_turn_tokens,
+        forced = forced_tokens(token_ids, self.allowance(episode, used), self.max_turn_tokens,
                                self.mark, self.end_id)
         room = self.turn_cap(episode, used) - len(token_ids)
-        return put_in if len(put_in) <= room else []  # without room the turn is over anyway
+        return forced if len(forced) <= room else []  # without room the turn is over anyway
 
     def remember(self, turn: Turn) -> list[int]:
         if not self.args.drop_thoughts:
             return turn.token_ids
-        end = thought_end(turn.token_ids, self.mark) or len(turn.token_ids)
-        return turn.token_ids[end:] or turn.token_ids[-1:] * (turn.token_ids[-1] == self.end_id)
+        action = turn.token_ids[thought_end(turn.token_ids, self.mark) :]
+        return action or [self.end_id] * (turn.token_ids[-1] == self.end_id)
 
     def thought_length(self, turn: Turn) -> int:
-        """Sampled tokens of the thought, its end included if it was sampled."""
-        end = thought_end(turn.token_ids, self.mark) or len(turn.token_ids)
+        """How many tokens of a thought were sampled; an appended mark does not count."""
+        end = thought_end(turn.token_ids, self.mark)
         return end - sum(position < end for position in turn.forced)
 
 
+def turn_limits(turn_counts: list[int], args: Args) -> tuple[int, int]:
+    """The turn limit when an episode starts, and the limit after an extension. Eq. 3
+
+    turn_counts: the turns of every unrestricted episode
+
+    >>> turn_limits([2, 3, 4, 8, 9], Args(turn_limit="dynamic"))  # percentiles 50 and 75
+    (4, 8)
+    """
+    limits = np.percentile(turn_counts, [args.start_percentile, args.end_percentile])
+    start, end = np.floor(limits).clip(min=1).astype(int).tolist()
+    return (min(start, end), end) if args.turn_limit == "dynamic" else (end, end)
+
+
 class TurnLimit(gym.Wrapper):
-    """Ends an episode at a limit, which may be extended once, and says how many turns are left."""
+    """Truncates an episode at its limit, extends the limit once, and says the turns left."""
 
     def __init__(self, env: gym.Env, limit: int, reminder: bool):
         super().__init__(env)
-        self.limits, self.reminder = (limit, limit), reminder  # the first one, the extended one
+        self.limits, self.reminder = (limit, limit), reminder  # at the start, after an extension
 
     def reset(self, **kwargs):
         self.turn, self.limit = 0, self.limits[0]
@@ -213,47 +232,32 @@ class TurnLimit(gym.Wrapper):
     def step(self, action: str):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.turn += 1
-        if not terminated:
-            if self.turn >= self.limit:  # the extension is granted only when the limit is hit
-                self.limit = max(self.limits)
-            truncated = truncated or self.turn >= self.limit
-        if not terminated and not truncated:
-            observation = self.remind(observation)
-        return observation, reward, terminated, truncated, info
+        if self.turn >= self.limit:  # the extension comes only now
+            self.limit = self.limits[1]
+        truncated = truncated or self.turn >= self.limit
+        return self.remind(observation), reward, terminated, truncated, info
 
     def remind(self, observation: str) -> str:
         return f"{observation} left {self.limit - self.turn}" if self.reminder else observation
 
 
 def budget_metrics(policy: BudgetPolicy, episodes: list[Episode]) -> dict[str, float]:
-    """How the budget was used, over the episodes of all processes."""
-    turns, rows = [], []  # numbers per turn and per episode
+    """How the budget was used: means over the turns, or episodes, of all processes."""
+    turns, rows = [], []
     for e in episodes:
         thoughts = [policy.thought_length(turn) for turn in e.turns]
-        for turn, thought in zip(e.turns, thoughts, strict=True):
-            end = thought_end(turn.token_ids, policy.mark) or 0
-            turns.append([thought, any(position < end for position in turn.forced)])
-        shown = thoughts[-1:] if policy.history_turns else thoughts
-        rows.append([e.success, sum(turn.num_sampled for turn in e.turns),
+        turns += [(thought, thought < thought_end(turn.token_ids, policy.mark))
+                  for thought, turn in zip(thoughts, e.turns, strict=True)]
+        shown = thoughts[-1:] if policy.args.drop_thoughts else thoughts
+        rows.append((e.success, sum(turn.num_sampled for turn in e.turns),
                      len(e.turns) * (len(e.turns) + 1) / 2, sum(shown) / max(len(e.row()), 1),
-                     e.info.get("right_hops", 0) / e.info.get("hops", 1)])
-    turns, rows = (all_gather(torch.tensor(x, dtype=torch.double).reshape(-1, n))
-                   for x, n in ((turns, 2), (rows, 5)))
-    if not len(turns):
-        stop(f"no prompt leaves room to answer in a context of {policy.context_length}")
-    success, tokens, history, share, done = rows.mean(0).tolist()
-    return {"thought_tokens": turns[:, 0].mean().item(), "forced_closes": turns[:, 1].mean().item(),
-            "rounds_completed": done, "thought_share": share, "history_cost": history,
+                     e.info.get("right_hops", 0) / e.info.get("hops", 1)))
+    turns, rows = gather_list(turns) or [(0, 0)], gather_list(rows)
+    thought, closed = np.mean(turns, axis=0)
+    success, tokens, history, share, done = np.mean(rows, axis=0)
+    return {"thought_tokens": thought, "forced_closes": closed, "rounds_completed": done,
+            "thought_share": share, "history_cost": history,
             "tokens_per_success": tokens / max(success, 1 / len(rows))}
-
-
-def pilot_limits(policy: BudgetPolicy, envs: list[gym.Env], args: Args) -> tuple[int, int]:
-    """First and extended turn limit, from episodes of the start policy. Eq. 3"""
-    pilot = collect_groups(policy, envs, args, PILOT)
-    counts = all_gather(torch.tensor([len(e.turns) for e in pilot])).tolist()
-    start, end = (max(1, math.floor(np.percentile(counts, percentile)))
-                  for percentile in (args.start_percentile, args.end_percentile))
-    return min(start, end) if args.turn_limit == "dynamic" else end, end
 
 
 # === 6. Update ===================================================================================
@@ -280,15 +284,16 @@ def main(args: Args) -> dict[str, float]:
     if max(args.start_percentile, args.end_percentile) > 100:
         stop("--start-percentile and --end-percentile are at most 100")
     with Run(args, "turn_budget") as run:
-        envs, run.eval_envs = ([TurnLimit(env, args.max_turns, args.reminder) for env in some]
-                               for some in (make_envs(args), run.eval_envs))
+        envs = [TurnLimit(env, args.max_turns, args.reminder) for env in make_envs(args)]
+        run.eval_envs = [TurnLimit(env, args.max_turns, args.reminder) for env in run.eval_envs]
         policy = load_policy(args, env=envs[0], kind=BudgetPolicy)
         policy.set_budget(args, getattr(envs[0].unwrapped, "end_of_thought", "</think>"))
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         if args.turn_limit != "none":
-            limits = pilot_limits(policy, envs, args)
+            pilot = collect_groups(policy, envs, args, iteration=2**40)  # own random numbers
+            counts = gather_list([len(e.turns) for e in pilot])
             for env in envs + run.eval_envs:
-                env.limits = limits
+                env.limits = turn_limits(counts, args)
 
         def evaluation():
             metrics, played = evaluate(policy, run.eval_envs, args)
