@@ -66,8 +66,8 @@ class Args(RunArgs):
     warm_start_steps: int = 500  # behaviour cloning steps of the tiny model before training
 
     # Algorithm specific arguments
-    cap: Literal["none", "episode", "turn"] = "turn"  # a cap on each thought, or on all of them, Eq. 1
-    thought_cap: int = 8  # tokens of a thought with its mark; --cap episode: K times this for all
+    cap: Literal["none", "episode", "turn"] = "turn"  # on each thought, or on their sum, Eq. 1
+    thought_cap: int = 8  # tokens of a thought, mark included; --cap episode: K times this for all
     context_limit: int = 80  # tokens of the whole context, C in Eq. 1
     drop_thoughts: bool = False  # show earlier turns without their thoughts
     turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # a limit below max_turns, Eq. 3
