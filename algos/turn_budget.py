@@ -183,7 +183,8 @@ class BudgetPolicy(Policy):
         allowance = self.allowance(episode, used)
         if allowance is not None:
             return allowance + self.reserve
-        full = len(episode.row()) >= self.context_length  # then it ends, even if thoughts go
+        # a thought that has filled the context ends the episode, even if it is dropped now
+        full = len(episode.row()) >= self.context_length
         return 0 if full else self.context_length - used
 
     def force(self, episode: Episode, used: int, token_ids: list[int]) -> list[int]:
@@ -193,8 +194,7 @@ class BudgetPolicy(Policy):
         return forced if len(forced) <= room else []  # without room the turn is over anyway
 
     def remember(self, turn: Turn) -> list[int]:
-        if not self.args.drop_thoughts:
-            return turn.token_ids
+        """The action, with --drop-thoughts; only the end of the turn if there is no action."""
         action = turn.token_ids[thought_end(turn.token_ids, self.mark) :]
         return action or [self.end_id] * (turn.token_ids[-1] == self.end_id)
 
