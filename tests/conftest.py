@@ -1,5 +1,6 @@
 """Nothing here or in any test downloads anything: models are made from random configurations."""
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -15,9 +16,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import policies
 from envs.episodes import start_episodes
 from policies import Policy, make_tiny
+from run_folder import Run
 from utils import RunArgs, random_stream
+
+PLOT = Run.plot
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
@@ -88,10 +93,25 @@ def chat_folder(tmp_path) -> str:
     return str(tmp_path / "chat")
 
 
+@pytest.fixture(scope="session")
+def made_tiny():
+    return make_tiny(RunArgs(), ["left", "down", "right", "up"] * 9)
+
+
 @pytest.fixture
-def tiny_policy() -> Policy:
+def tiny_policy(made_tiny) -> Policy:
     """The tiny model before its warm start."""
-    return Policy(*make_tiny(RunArgs(), ["left", "down", "right", "up"] * 9), "cpu")
+    model, tokenizer = made_tiny
+    return Policy(copy.deepcopy(model), tokenizer, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def cheaper_runs(request, monkeypatch):
+    """Runs inside of a test process draw no picture (PLOT does) and imitate fewer demonstrations, which are played again
+    by every run; subprocesses and the slow tests do all of it."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(policies, "NUM_DEMONSTRATIONS", 128)
+        monkeypatch.setattr(Run, "plot", lambda self, evals: None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,6 +16,7 @@ from algos import igpo, ms_grpo, turn_budget, ufo
 from algos.ms_grpo import group_relative_advantages, kl_policy_ref_k3, policy_loss
 from conftest import KeepGradient, streams
 from envs.episodes import start_episodes
+from policies import Policy
 from utils import collate, make_envs, micro_batches, rollout
 
 # --- advantages relative to a group ----------------------------------------------------------------
@@ -204,16 +205,15 @@ UPDATES = {
     "ufo": ufo.update, "igpo": igpo.update, "turn_budget": turn_budget.update}
 
 
-@pytest.fixture
-def batch(tiny_policy):
+@pytest.fixture(scope="module")
+def batch(made_tiny):
     """Eight ragged episodes; ratios on both sides of the clip range, an advantage that differs by turn."""
-    args = ms_grpo.Args(max_turns=4)
-    envs = make_envs(args, 8)
+    policy, envs = Policy(*made_tiny, "cpu"), make_envs(ms_grpo.Args(), 8)
     episodes = start_episodes(envs, list(range(8)))
     for limit, episode, env, rng in zip([1, 2, 3, 4, 4, 4, 4, 4], episodes, envs, streams(8), strict=True):
-        rollout(tiny_policy, [env], [episode], [rng], limit, 1.0)
+        rollout(policy, [env], [episode], [rng], limit, 1.0)
     torch.manual_seed(1)
-    batch = collate(episodes, tiny_policy.device, torch.randn(8, 4))
+    batch = collate(episodes, policy.device, torch.randn(8, 4))
     assert len(batch["lengths"].unique()) > 3
     noise = torch.where(batch["turn_id"] >= 0, 0.4 * torch.randn(batch["tokens"].shape), 0.0)
     return batch | {"old_logprobs": batch["old_logprobs"] + noise}
