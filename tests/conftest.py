@@ -40,13 +40,22 @@ def byte_tokenizer(template: str, specials: list[str], end: str):
         tokenizer_object=core, chat_template=template, eos_token=end, pad_token=end)
 
 
-def random_model(kind: str, vocab_size: int, context: int = 2048):
+def random_model(kind: str, vocab_size: int):
+    """A model of two layers: plain, with a sliding window of 40 tokens, or with a recurrent layer before attention."""
     torch.manual_seed(0)
-    config = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[kind](
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=context,
-        initializer_range=0.3)  # wide enough that attention mistakes show in the logits
+    more = {"llama": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": 40},
+            "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}}[kind]
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
+        initializer_range=0.3, **more)  # wide enough that attention mistakes show in the logits
     return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def random_policy(kind: str = "qwen3") -> Policy:
+    """A random model with a ChatML template and pad == end-of-turn."""
+    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    return Policy(random_model(kind, len(tokenizer)), tokenizer, "cpu", "Play well.")
 
 
 class KeepGradient:
@@ -79,17 +88,14 @@ class Script:
         return tokens, torch.full((len(tokens),), -0.5)
 
 
-@pytest.fixture(params=["llama", "qwen3"])
-def chat_policy(request) -> Policy:
-    """A random model with a ChatML template and pad == end-of-turn."""
-    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
-    return Policy(random_model(request.param, len(tokenizer)), tokenizer, "cpu", "Play well.")
+@pytest.fixture
+def chat_policy() -> Policy:
+    return random_policy()
 
 
 @pytest.fixture
 def chat_folder(tmp_path) -> str:
-    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
-    Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu").save(tmp_path / "chat")
+    random_policy("llama").save(tmp_path / "chat")
     return str(tmp_path / "chat")
 
 
