@@ -7,22 +7,22 @@ import pytest
 import torch
 
 from algos import igpo
-from conftest import CHATML, ROOT, byte_tokenizer, random_model
-from utils import (
-    Policy, collate, collect_groups, make_envs, random_stream, rollout, token_logprobs,
-)
+from conftest import ROOT, random_policy, streams
+from policies import Policy
+from utils import collate, collect_groups, make_envs, rollout, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-@pytest.mark.parametrize("bf16,tolerance", [(False, 1e-3), (True, 0.3)])
-def test_rollout_logprobs_equal_a_recompute_on_the_gpu(started, bf16, tolerance):
-    tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
-    policy = Policy(random_model("qwen3", len(tokenizer)), tokenizer, "cuda", bf16=bf16)
+@pytest.mark.parametrize("kind,bf16,tolerance", [
+    ("qwen3", False, 1e-3), ("qwen3", True, 0.3), ("mistral", False, 1e-3), ("lfm2", False, 1e-3)])
+def test_rollout_logprobs_equal_a_recompute_on_the_gpu(started, kind, bf16, tolerance):
+    plain = random_policy(kind)
+    policy = Policy(plain.model, plain.tokenizer, "cuda", bf16=bf16)
+    policy.max_turn_tokens = 6
     torch.set_float32_matmul_precision("highest")
     envs, episodes = started("turnrl/FrozenLake-v0", [1, 2, 3, 4])
-    rollout(policy, envs, episodes, [random_stream(i) for i in range(4)], max_turns=4,
-            max_turn_tokens=6, temperature=1.0)
+    rollout(policy, envs, episodes, streams(4), max_turns=4, temperature=1.0)
     batch = collate(episodes, policy.device)
     with torch.no_grad():
         logprobs, _ = token_logprobs(policy, batch, 1.0)
@@ -43,12 +43,11 @@ def test_every_script_trains_on_the_gpu(tmp_path, chat_folder, script, model):
     assert summary["iterations"] == 2 and np.isfinite(summary["return_end"])
 
 
-@pytest.mark.parametrize("probe", ["packed", "separate"])
-def test_beliefs_on_the_gpu_equal_those_on_the_cpu(probe, tiny_policy):
-    args = igpo.Args(num_prompts=4, group_size=2, max_turn_tokens=4, probe=probe)
+def test_beliefs_on_the_gpu_equal_those_on_the_cpu(tiny_policy):
+    args = igpo.Args(num_prompts=4, group_size=2, max_turn_tokens=4)
     episodes = collect_groups(tiny_policy, make_envs(args, 8), args, 0)
-    expected = igpo.probe_beliefs(tiny_policy, episodes, "answer {answer}", args)
+    expected = igpo.beliefs_before_turns(tiny_policy, episodes, "answer {answer}", args)
     torch.set_float32_matmul_precision("highest")
     policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "cuda")
-    got = igpo.probe_beliefs(policy, episodes, "answer {answer}", args).cpu()
+    got = igpo.beliefs_before_turns(policy, episodes, "answer {answer}", args).cpu()
     assert torch.allclose(got, expected, atol=1e-3)

@@ -95,7 +95,7 @@ def test_the_decoder_gives_the_logits_of_a_full_pass_and_feeds_only_what_is_new(
     forward = policy.forward
     monkeypatch.setattr(policy, "forward", lambda ids, **more: widths.append(ids.shape[1]) or forward(ids, **more))
     rows = [rng.integers(200, size=n).tolist() for n in (3, 30, 1, 12)]
-    decoder = Decoder(policy, len(rows))
+    decoder, active = Decoder(policy, len(rows)), []
     for turn, step in itertools.product(range(8), range(4)):
         if turn in (3, 6) and step == 0:
             decoder.keep([n for n in range(len(rows)) if n != 1])

@@ -1,4 +1,4 @@
-"""A game in which any text is an action: an untrained policy plays long, different episodes."""
+"""Games for tests, made the way somebody else would make them: named words:tests/Words-v0."""
 
 import os
 
@@ -8,7 +8,10 @@ from envs.text_env import TextEnv
 
 
 class Words(TextEnv):
-    """Chance is in step(), from the environment's own generator; info tells what it has heard."""
+    """Any text is an action: an untrained policy plays long, different episodes.
+
+    Chance is in step(), from the environment's own generator; info tells what it has heard.
+    """
 
     def __init__(self, max_turns=6, max_answers=6, feedback="unary", **kwargs):
         super().__init__(**kwargs)
@@ -51,5 +54,40 @@ class FailsOnOneRank(Words):
         return super().step(action)
 
 
+class YesOrNo(gym.Env):
+    """Nothing of this package in it; random legal actions serve as demonstrations."""
+
+    observation_space = action_space = gym.spaces.Text(50, min_length=0)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "say yes or no", {"legal_actions": ["yes", "no"]}
+
+    def step(self, action):
+        return "thanks", float(action == "yes"), True, False, {"success": action == "yes"}
+
+
+class Faulty(TextEnv):
+    """Goes wrong in reset() or on its second turn, in the way it is told to."""
+
+    def __init__(self, fault="", **kwargs):
+        super().__init__(**kwargs)
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return (7 if self.fault == "reset" else "start"), {}
+
+    def step(self, action):
+        self.turn += 1
+        if self.turn == 2 and self.fault == "raise":
+            raise RuntimeError("out of apples")
+        reward = float("nan") if self.turn == 2 and self.fault == "nan" else 0.5
+        return None if self.turn == 2 and self.fault == "none" else "next", reward, self.turn == 3, False, {}
+
+
 gym.register("tests/Words-v0", entry_point=Words)
 gym.register("tests/FailsOnOneRank-v0", entry_point=FailsOnOneRank)
+gym.register("tests/YesOrNo-v0", entry_point=YesOrNo)
+gym.register("tests/Faulty-v0", entry_point=Faulty)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gpu.py [--batches 1 16 64 256] [--csv results/gpu.csv]
 
-decode: rows of 256 tokens go on by 64, sampled as in a rollout, with and without --compile. The limit is
+decode: rows of 256 tokens go on by 64, sampled as in a rollout (autocast to bf16 around all of it). The limit is
 memory: every step reads all weights (bf16) and the cached keys and values.
 train: forward, backward and optimizer step on rows of 512 tokens, 64 of them sampled, with and without
 --gradient-checkpointing. The limit is 6 operations per weight and token (of the output layer: per sampled token) at the rate of a
@@ -21,10 +21,9 @@ import transformers
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from policies import load_policy, make_tiny
-from utils import (
-    Policy, RunArgs, micro_batches, optimizer_step, sample_tokens, token_logprobs,
-)
+from envs.episodes import Turn
+from policies import Policy, load_policy, make_tiny
+from utils import Decoder, RunArgs, micro_batches, optimizer_step, sample_answers, token_logprobs
 
 PROMPT, ANSWER, ROW = 256, 64, 512
 
@@ -81,19 +80,27 @@ def make_model(options: Options) -> str:
     return str(folder)
 
 
+class Timed(Decoder):
+    """Notes when the logits after the prompts are there."""
+
+    start = None
+
+    def feed(self, rows, active=None):
+        logits = super().feed(rows, active)
+        if self.start is None:
+            logits.sum().item()  # waits for the GPU
+            self.start = time.perf_counter()
+        return logits
+
+
 @torch.no_grad()
 def decode(policy: Policy, batch: int):
     """Answers of ANSWER tokens to prompts of PROMPT tokens; the seconds of the answers only."""
-    decoder, uniforms = policy.decoder(batch, batch), torch.rand(batch, ANSWER, dtype=torch.double)
-    logits = decoder.feed([[7] * PROMPT] * batch)
-    start = None
-    for step in range(ANSWER):
-        tokens, _ = sample_tokens(logits, 1.0, uniforms[:, step].to(logits.device))
-        pending = [[token] for token in tokens.tolist()]  # waits for the GPU
-        start = start or time.perf_counter()
-        logits = decoder.feed(pending)
-    logits.sum().item()
-    return time.perf_counter() - start
+    policy.end_id = -1  # no answer ends early
+    decoder, uniforms = Timed(policy, batch), torch.rand(batch, ANSWER + 1, dtype=torch.double)
+    rows, turns = [[7] * PROMPT for _ in range(batch)], [Turn("", "") for _ in range(batch)]
+    sample_answers(decoder, rows, turns, [ANSWER + 1] * batch, uniforms, 1.0)
+    return time.perf_counter() - decoder.start
 
 
 def main(options: Options):
@@ -134,19 +141,16 @@ def main(options: Options):
         del step, policy, optimizer
     print(f"{count / 1e6:.0f} million parameters")
 
-    for compiled in (False, True):
-        policy = load_policy(RunArgs(model=folder, device=options.device, compile=compiled))
-        config, count = policy.model.config, sum(p.numel() for p in policy.model.parameters())
-        per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
-            config.hidden_size // config.num_attention_heads)  # bytes of keys and values
-        for batch in options.batches:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            times = sorted(decode(policy, batch) for _ in range(options.repeats + 2))
-            read = 2 * count + batch * (PROMPT + ANSWER / 2) * per_token
-            report("decode, compiled" if compiled else "decode", batch,
-                   batch * ANSWER / times[options.repeats // 2], batch * bandwidth / read)
-        del policy
+    policy = load_policy(RunArgs(model=folder, device=options.device))
+    config, count = policy.model.config, sum(p.numel() for p in policy.model.parameters())
+    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
+        config.hidden_size // config.num_attention_heads)  # bytes of keys and values
+    for batch in options.batches:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times = sorted(decode(policy, batch) for _ in range(options.repeats + 2))
+        read = 2 * count + batch * (PROMPT + ANSWER / 2) * per_token
+        report("decode", batch, batch * ANSWER / times[options.repeats // 2], batch * bandwidth / read)
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -25,8 +25,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from envs.episodes import Turn, start_episodes
 from envs.text_env import TextEnv
-from policies import make_tiny
-from utils import Policy, RunArgs, random_stream, rollout
+from policies import Policy, make_tiny
+from utils import RunArgs, random_stream, rollout
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--threads", type=int, default=2)
@@ -61,7 +61,7 @@ class Echo(TextEnv):
 def generate_from_scratch(policy, envs, episodes, turns):
     """What one writes first: render the history, call generate, step, repeat."""
     for _ in range(turns):
-        prompts = [policy.prompt(e, None) for e in episodes]
+        prompts = [policy.prompt(e) for e in episodes]
         rows = [e.row() + ids for e, (ids, _) in zip(episodes, prompts, strict=True)]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -82,6 +82,7 @@ def main():
         num_hidden_layers=4, num_attention_heads=options.width // 32, max_position_embeddings=2048,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3))
     policy = Policy(model, tokenizer, "cpu")
+    policy.max_turn_tokens = TOKENS
     assert len(policy.encode(Echo(1).text)) == options.observation
     never = torch.tensor([policy.end_id])
     policy.model.eval().lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, never, -1e9))
@@ -99,8 +100,7 @@ def main():
                 rngs = [random_stream(i) for i in range(EPISODES)]
                 start = time.perf_counter()
                 if name == "rollout":
-                    rollout(policy, envs, episodes, rngs, max_turns=turns, max_turn_tokens=TOKENS,
-                            temperature=1.0)
+                    rollout(policy, envs, episodes, rngs, max_turns=turns, temperature=1.0)
                 else:
                     generate_from_scratch(policy, envs, episodes, turns)
                 times.append(time.perf_counter() - start)
