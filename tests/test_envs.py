@@ -104,10 +104,14 @@ def test_any_text_is_an_action_and_costs_the_penalty(make):
 
 
 @pytest.mark.parametrize("make", VARIANTS)
-def test_a_seed_determines_the_episode(make):
+def test_a_seed_determines_the_episode_and_no_step_is_taken_before_the_reset_or_after_the_end(make):
     first, second = make(), make()
+    with pytest.raises(gym.error.ResetNeeded):
+        first.step("left")
     for seed in range(10):
         one = play(first, seed, np.random.default_rng(seed))
+        with pytest.raises(gym.error.ResetNeeded):
+            first.step("left")
         assert one == play(second, seed, np.random.default_rng(seed))
         assert one == play(first, seed, np.random.default_rng(seed)), "a second reset repeats it"
 
@@ -122,23 +126,66 @@ def test_another_seed_gives_another_instance(make):
 
 @pytest.mark.parametrize("make", VARIANTS)
 def test_a_deep_copy_is_a_fork(make):
-    env, rng = make(), np.random.default_rng(0)
-    for seed in range(20):
+    """Both go on in the same way, and what one is told does not reach the other, nor its generator."""
+    env, rng, apart = make(), np.random.default_rng(0), 0
+    for seed in range(9):
         env.reset(seed=seed)
         if any(env.step(scripted(env, rng, 0.0))[2:4]):
             continue
-        fork = copy.deepcopy(env)
+        fork, third = copy.deepcopy(env), copy.deepcopy(env)
         word = env.demonstrate(np.random.default_rng(seed))
-        expected = fork.step(word)
-        assert env.step(word) == expected, "the copy went on exactly like the original"
+        if not any(third.step("?")[2:4]):
+            third.step("??")
+        assert env.step(word) == fork.step(word)
+        assert env.reset() == fork.reset(), "the next instance too"
+        apart += 1
+    assert apart > 2 or getattr(env, "max_turns", 9) == 1
 
 
-@pytest.mark.parametrize("make", VARIANTS)
-def test_a_step_after_the_end_is_refused(make):
-    env = make()
-    play(env, 0, np.random.default_rng(0))
-    with pytest.raises(gym.error.ResetNeeded):
-        env.step("left")
+@pytest.mark.parametrize("make,wrong,message", [
+    (FrozenLake, {"frozen_share": 1.0}, "belongs to"), (Snake, {"width": 2, "height": 2}, "do not fit"),
+    (SearchQA, {"regime": "harder"}, "sparse"), (SearchQA, {"min_hops": 5, "max_hops": 3}, "hops"),
+    (SearchQA, {"num_entities": 40}, "at most 32"), (SearchQA, {"parts": 12}, "do not fit"), (SearchQA, {"num_relations": 9}, "1 to 8"),
+    *[(RetryMath, wrong, next(iter(wrong))) for wrong in (
+        {"levels": ""}, {"levels": "6"}, {"levels": "1 2"}, {"feedback": "loud"}, {"feedback": ""}, {"max_answers": 0})],
+    *[(ThinkSearch, wrong, "regime|hops in .* turns") for wrong in (
+        {"regime": "actions"}, {"min_hops": 0}, {"min_hops": 5}, {"max_hops": 3}, {"max_turns": 3}, {"regime": "turns", "max_turns": 2})],
+    (ToolDesk, {"num_requests": 0}, "1 <= requests <= orders <= 8"), (ToolDesk, {"num_requests": 4}, "num_requests 4, num_orders 3"),
+    (ToolDesk, {"num_orders": 9}, "num_orders 9"), (ToolDesk, {"num_orders": 0}, "num_orders 0"),
+    (ToolDesk, {"noise": -0.1}, "noise -0.1: 0 to 1"), (ToolDesk, {"noise": 1.1}, "0 to 1"), (ToolDesk, {"max_turns": 0}, "at least 1"),
+    (TwentyQuestions, {"objects": 12}, "objects"), (TwentyQuestions, {"question_share": 1.5}, "share"),
+    (TwentyQuestions, {"informed_share": -0.1}, "share")])
+def test_settings_that_cannot_be_are_named_in_one_line(make, wrong, message):
+    with pytest.raises(ValueError, match=message) as error:
+        env = make(**wrong)
+        for seed in (0, EVALUATION_SEEDS):  # what shows in an instance only, and is no endless loop
+            env.reset(seed=seed)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("env_id", known_ids())
+def test_evaluation_switches_training_penalties_off(env_id):
+    training, evaluation = make_env(env_id).unwrapped, make_env(env_id, evaluation=True).unwrapped
+    names = [name for name in ("step_reward", "format_penalty") if hasattr(training, name)]
+    assert all(getattr(evaluation, name) == 0 for name in names) and set(names) == set(getattr(training, "evaluation_kwargs", {}))
+    assert any(getattr(training, name) for name in names) or type(training) in (SearchQA, ThinkSearch, ToolDesk, *GUESSING)
+
+
+@pytest.mark.parametrize("cls", OURS)
+def test_every_environment_documents_itself(cls):
+    doc = __import__(cls.__module__, fromlist=["x"]).__doc__
+    assert all(f"{heading}:" in doc for heading in ("Description", "Action", "Observation", "Episode end", "Instances"))
+    assert cls().instructions and set(cls().instructions) <= set(string.printable)
+
+
+@pytest.mark.parametrize("make,best", [
+    (lambda: FrozenLake(), 6), (lambda: ToyText("CliffWalking-v1"), 13), (lambda: ToyText("Taxi-v4"), None),
+    *[(lambda regime=regime: SearchQA(regime), None) for regime in REGIMES]])
+def test_the_scripted_player_without_noise_always_succeeds(make, best):
+    env, rng = make(), np.random.default_rng(0)
+    for seed in range(30):
+        _, rewards, _, info = play(env, seed, rng, noise=0.0)
+        assert info["success"] and best in (None, len(rewards))
 
 
 def test_the_example_of_the_page_is_an_environment():
@@ -164,8 +211,6 @@ def test_parse_action_accepts_exactly_a_legal_word():
 
 
 # --- Frozen Lake ---------------------------------------------------------------------------------
-
-
 def lake(rows, **kwargs):
     env = FrozenLake(**kwargs)
     env.reset(seed=0)
@@ -192,17 +237,13 @@ def test_frozen_lake_rules_step_by_step():
     ends = [env.step("left")[2:4] for _ in range(8)]
     assert env.state == 0 and ends == [(False, False)] * 7 + [(False, True)]
 
+    env = lake(rows, max_turns=6)  # the goal on the last turn is one end
+    assert [env.step(word)[1:4] for word in ("down", "down", "right", "right", "down", "right")][-1] == (1.0, True, False)
+
     env = lake(rows)
     observation, reward, _, _, info = env.step("jump")
     assert (env.state, reward, info["invalid_action"]) == (0, -1.0, True)
     assert observation.endswith("P___\n_O_O\n___O\nO__G")
-
-
-def test_the_goal_on_the_last_allowed_turn_is_one_end_with_reward_1():
-    env = lake(["SFFF", "FHFH", "FFFH", "HFFG"], max_turns=6)
-    for word in ["down", "down", "right", "right", "down"]:
-        env.step(word)
-    assert env.step("right")[1:4] == (1.0, True, False)
 
 
 def test_frozen_lake_texts():
@@ -215,7 +256,7 @@ def test_frozen_lake_texts():
     assert author[0] == "P player, O hole, G goal, _ ice" and author[1] == "P _ _ _"
 
 
-def test_no_held_out_map_is_met_in_training():
+def test_no_held_out_map_is_met_in_training_and_a_reset_without_a_seed_stays_on_its_side():
     env = FrozenLake()
 
     def maps(seeds):
@@ -224,41 +265,11 @@ def test_no_held_out_map_is_met_in_training():
             env.reset(seed=seed)
             found.add("".join(env.desc))
         return found
-
-    training, held_out = maps(range(2000)), maps(range(EVALUATION_SEEDS, EVALUATION_SEEDS + 256))
-    assert len(training) > 400 and len(held_out) > 80
-    assert not training & held_out
-
-
-def test_a_reset_without_a_seed_stays_in_its_split():
-    env = FrozenLake()
-    env.reset(seed=EVALUATION_SEEDS)
-    held_out = set()
-    for _ in range(50):
-        env.reset()
-        held_out.add("".join(env.desc))
-    env.reset(seed=0)
-    for _ in range(300):
-        env.reset()
-        assert "".join(env.desc) not in held_out
-
-
-def test_a_split_without_any_map_is_an_error_and_not_an_endless_loop():
-    with pytest.raises(ValueError, match="belongs to"):
-        for seed in (0, EVALUATION_SEEDS):
-            FrozenLake(frozen_share=1.0).reset(seed=seed)
-
-
-def test_the_scripted_walker_without_noise_always_arrives_by_a_shortest_path():
-    env, rng = FrozenLake(), np.random.default_rng(0)
-    for seed in range(100):
-        _, rewards, _, info = play(env, seed, rng, noise=0.0)
-        assert info["success"] and len(rewards) == 6
+    held_out, training = maps([*range(EVALUATION_SEEDS, EVALUATION_SEEDS + 256), *[None] * 50]), maps([*range(2000), *[None] * 300])
+    assert len(training) > 400 and len(held_out) > 80 and not training & held_out
 
 
 # --- SearchQA ------------------------------------------------------------------------------------
-
-
 def search():
     """Ada -friend-> Ben -boss-> Cleo is the chain, (Ada, boss) -> Dan a false trail; 2 hops, 5 turns."""
     env = SearchQA("easy")
@@ -332,22 +343,6 @@ def test_the_scripted_searcher_is_as_noisy_as_stated(regime, success, turns):
     assert np.mean([len(e.turns) for e in episodes]) == pytest.approx(turns, abs=0.1)
 
 
-def test_guessing_is_right_once_in_24():
-    env, rng, right = SearchQA(), np.random.default_rng(0), 0
-    for seed in range(4000):
-        env.reset(seed=seed)
-        right += env.step(f"answer {env.names[rng.integers(24)]}")[1]
-    assert right / 4000 == pytest.approx(1 / 24, abs=0.01)
-
-
-def test_search_settings_that_cannot_be_are_named():
-    for settings, needle in [({"regime": "harder"}, "sparse"), ({"min_hops": 5, "max_hops": 3}, "hops"),
-                             ({"num_entities": 40}, "at most 32"), ({"parts": 12}, "do not fit"),
-                             ({"num_relations": 9}, "1 to 8")]:
-        with pytest.raises(ValueError, match=needle):
-            SearchQA(**settings)
-
-
 # --- Snake ---------------------------------------------------------------------------------------
 # own cells (head first), enemy cells, apples, own move, enemy move -> reward, own, enemy alive
 SNAKE_TABLE = [
@@ -418,14 +413,7 @@ def test_snake_texts():
     assert env.observation().splitlines()[-3:] == ["_ _ _ 2", "_ 1 _ _", "A T _ _"]
 
 
-def test_snake_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="do not fit"):
-        Snake(width=2, height=2)
-
-
 # --- toy_text and make_env -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("game,start", [
     ("FrozenLake-v1", "[S]FFF\nFHFH\nFFFH\nHFFG"), ("CliffWalking-v1", "o  o  o"),
     ("Taxi-v4", "Stops: Red (row 0, column 0)"), ("Blackjack-v1", "Your hand: ")])
@@ -452,23 +440,3 @@ def test_toy_text_plays_the_engine_s_own_game():
                 ended = terminated or truncated
 
 
-@pytest.mark.parametrize("game,success", [("CliffWalking-v1", 1.0), ("Taxi-v4", 1.0)])
-def test_the_planner_solves_the_deterministic_games(game, success):
-    env, rng = ToyText(game), np.random.default_rng(0)
-    assert np.mean([play(env, seed, rng, noise=0.0)[3]["success"] for seed in range(20)]) == success
-
-
-def test_evaluation_switches_training_penalties_off():
-    for env_id, off in [("turnrl/Snake-v0", ["step_reward", "format_penalty"]),
-                        ("Taxi-v4", ["format_penalty"])]:
-        training, evaluation = make_env(env_id), make_env(env_id, evaluation=True)
-        assert all(getattr(training.unwrapped, name) != 0 for name in off)
-        assert all(getattr(evaluation.unwrapped, name) == 0 for name in off)
-
-
-def test_every_environment_documents_itself():
-    for cls in OURS:
-        doc = __import__(cls.__module__, fromlist=["x"]).__doc__
-        for heading in ("Description:", "Action:", "Observation:", "Episode end:", "Instances:"):
-            assert heading in doc, (cls, heading)
-        assert cls().instructions and set(cls().instructions) <= set(string.printable)

@@ -9,10 +9,7 @@ from collections import Counter
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 
-from algos.ufo import decayed_success, episode_scores, repetition_penalty
-from envs import make_env
 from envs.retry_math import NO_ANSWER, TRY_AGAIN, RetryMath, parse_answer
 from envs.text_env import EVALUATION_SEEDS
 
@@ -30,8 +27,6 @@ def posed(answer=3, candidates=(0, 6), **kwargs) -> RetryMath:
 
 
 # --- the answer ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text,number", [
     ("<answer>12</answer>", "12"), ("<answer> 012 </answer>", "12"), ("so <answer>+7</answer>", "7"),
     ("<answer>-0</answer>", "0"), ("<answer>-30</answer> I think\nso", "-30"), ("a\n<answer>\n5\n</answer>", "5"),
@@ -55,8 +50,6 @@ def test_anything_else_is_malformed(text):
 
 
 # --- rewards and endings -------------------------------------------------------------------------
-
-
 def test_the_right_answer_ends_the_episode():
     env = posed()
     observation, reward, terminated, truncated, info = env.step("I say " + say("+03 "))
@@ -80,25 +73,6 @@ def test_the_last_answer_ends_the_episode_also_if_malformed(max_answers):
             env.step(say(3))
 
 
-def test_the_format_penalty_is_an_argument_and_off_in_evaluation():
-    assert posed(format_penalty=0.25).step("?")[1] == -0.25
-    env = make_env("turnrl/RetryMath-v0", evaluation=True)
-    env.reset(seed=1)
-    assert str(env.step("?")[1]) == "0.0"
-
-
-def test_a_step_before_the_first_reset_is_refused():
-    with pytest.raises(gym.error.ResetNeeded):
-        RetryMath().step(say(1))
-
-
-@pytest.mark.parametrize("kwargs", [
-    {"levels": ""}, {"levels": "6"}, {"levels": "1 2"}, {"feedback": "loud"}, {"feedback": ""}, {"max_answers": 0}])
-def test_wrong_arguments_are_named(kwargs):
-    with pytest.raises(ValueError, match=next(iter(kwargs))):
-        RetryMath(**kwargs)
-
-
 def test_information_about_the_range_is_about_the_problem():
     env = posed(answer=3, candidates=(1, 9), max_answers=9)
     told = [env.step(say(n))[4]["in_range"] for n in (0, 1, 9, 10, -1)]
@@ -106,8 +80,6 @@ def test_information_about_the_range_is_about_the_problem():
 
 
 # --- feedback ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("feedback,text", [
     ("unary", TRY_AGAIN), ("blank", ""), ("unary-reward", f"Reward: 0.0\n{TRY_AGAIN}")])
 def test_feedback_is_the_same_whatever_was_wrong(feedback, text):
@@ -146,8 +118,6 @@ def test_the_first_information_gives_no_answer_as_submitted():
 
 
 # --- problems ------------------------------------------------------------------------------------
-
-
 class Every:
     """In place of a generator: goes through all that could be drawn, with its probability."""
 
@@ -237,52 +207,26 @@ def test_the_sides_of_the_split_share_no_problem_and_levels_are_equally_likely()
     assert RetryMath().reset(seed=EVALUATION_SEEDS - 1)[0] not in texts[EVALUATION_SEEDS]
 
 
-def test_the_seed_decides_the_problem_and_later_ones_stay_on_its_side():
+def test_later_problems_stay_on_the_side_of_the_seed_and_levels_are_the_chosen_ones():
     for seed in (7, EVALUATION_SEEDS + 7):
-        one, two = RetryMath(), RetryMath()
-        texts = [env.reset(seed=seed)[0] for env in (one, two, one)]
-        assert len(set(texts)) == 1
-        later = [one.reset()[0].removeprefix("Problem: ") for _ in range(40)]
+        env = RetryMath()
+        env.reset(seed=seed)
+        later = [env.reset()[0].removeprefix("Problem: ") for _ in range(40)]
         assert len(set(later)) > 20
         assert {zlib.crc32(text.encode()) % 5 == 0 for text in later} == {seed >= EVALUATION_SEEDS}
     assert {RetryMath(levels="4").reset(seed=s)[1]["level"] for s in range(20)} == {4}
     assert {RetryMath().reset(seed=s)[1]["level"] for s in range(20)} == {1, 2, 3}
 
 
-def test_a_copy_plays_on_by_itself():
-    env = RetryMath(max_answers=3)
-    env.reset(seed=4)
-    env.step(say(-1))
-    fork = copy.deepcopy(env)
-    right = say(env.answer)
-    assert fork.step(say(-2))[2:4] == (False, False) and fork.step("?")[2] and fork.answers == ["-1", "-2", None]
-    assert env.answers == ["-1"] and env.step(right)[1] == 1.0
-    assert [env.reset()[0] for _ in range(3)] == [fork.reset()[0] for _ in range(3)], "the generator too"
-
-
 # --- scripted players ----------------------------------------------------------------------------
-
-
-def play(env, answers):
-    """Rewards of an episode; answers is an iterator."""
-    rewards = []
-    while not env.ended:
-        rewards.append(env.step(next(answers))[1])
-    return rewards
-
-
 def results(player, m):
-    """Success, turns, and the score of arXiv 2507.14295 as means over all m right answers."""
+    """Success and turns as means over all m right answers; player() gives the answers one after the other."""
     rows = []
     for gold in range(m):
-        env = posed(gold, (0, m - 1))
-        rewards = play(env, player())
-        valid = torch.tensor([float(len(env.answers))])
-        solved = torch.tensor([rewards[-1] == 1])
-        score = episode_scores(
-            decayed_success(solved, valid), repetition_penalty(valid, torch.tensor([float(len(set(env.answers)))]), 0.5),
-            torch.zeros(1), solved, 0.1)
-        rows.append([solved.item(), len(rewards), score.item()])
+        env, answers = posed(gold, (0, m - 1)), player()
+        while not env.ended:
+            reward = env.step(next(answers))[1]
+        rows.append([reward == 1, len(env.answers)])
     return np.mean(rows, axis=0)
 
 
@@ -290,9 +234,7 @@ def results(player, m):
 def test_five_different_answers_find_more_than_one_five_times(m, distinct, repeat):
     different, same = results(lambda: map(say, itertools.count()), m), results(lambda: itertools.repeat(say(0)), m)
     assert (different[0], same[0]) == pytest.approx((distinct, repeat), abs=1e-6)
-    if m == 11:
-        assert different[1:] == pytest.approx([4.090909, 0.176136], abs=1e-6)
-        assert same[1:] == pytest.approx([4.636364, -0.272727], abs=1e-6)
+    assert m != 11 or (different[1], same[1]) == pytest.approx((4.090909, 4.636364), abs=1e-6)
 
 
 @pytest.mark.parametrize("m,independent,sticky", [(7, 0.537336, 0.190797), (11, 0.379079, 0.123519), (13, 0.329823, 0.104999)])
@@ -386,6 +328,3 @@ def test_the_scripted_player_errs_within_three_and_inside_the_range():
         assert wrong == set(map(say, near))
 
 
-def test_demonstrations_depend_on_the_given_generator_only():
-    one, two = ([demonstrated(posed(), np.random.default_rng(5)) for _ in range(2)] for _ in range(2))
-    assert one == two and one[0] == one[1]

@@ -1,7 +1,5 @@
 """ToolDesk: every reply, what each command changes, and what the score counts; worked by hand."""
 
-import copy
-import string
 from collections import Counter
 
 import gymnasium as gym
@@ -10,7 +8,6 @@ import pytest
 
 from envs import make_env
 from envs.episodes import demonstrations
-from envs.text_env import CHARSET
 from envs.tool_desk import ITEMS, ToolDesk
 
 ORDERS = {63: "mirror", 15: "chair", 43: "rug"}
@@ -215,37 +212,6 @@ def test_legal_actions_are_readable_and_name_orders_once_they_are_listed():
     assert legal[0] == legal[1] == start
     assert legal[2] == start + [f"{verb} {number}" for verb in ("refund", "ship", "cancel") for number in (63, 15, 43)]
     assert not any(last(*IN, action)[3]["invalid_action"] for action in legal[2])
-
-
-def test_1000_random_strings_raise_nothing():
-    env, rng = ToolDesk(max_turns=10_000), np.random.default_rng(0)
-    env.reset(seed=0)
-    letters = sorted(CHARSET) + list("é█\x00\u2028😀²５")
-    words = ["login", "list", "find", "ship", "cancel", "refund", "confirm", ".", *ITEMS, *map(str, [env.pin, *env.orders])]
-    texts = ["".join(rng.choice(letters, size=rng.integers(200))) for _ in range(500)]
-    texts += [f"login {env.pin}", "list"] + [" ".join(rng.choice(words, size=rng.integers(4))) for _ in range(500)]
-    replies = say(env, *texts)
-    assert all(reply in env.observation_space for reply in replies) and max(map(len, replies)) <= 36
-    assert len({reply.split()[0] for reply in replies}) > 5 and set(env.instructions) <= set(string.printable)
-
-
-def test_a_deep_copy_is_a_fork():
-    env = desk(*IN, "cancel 15", requests=TWO)
-    fork, checks = copy.deepcopy(env), env.info(False)
-    assert say(fork, "find chair", "find rug", "cancel 15", "confirm", "refund 43", "confirm")[-1] == "43 refunded."
-    assert env.info(False) == checks and set(env.status.values()) == {"paid"} and len(env.actions) == 3
-    assert say(env, "confirm", "find chair") == ["15 cancelled.", "the chair is 15, cancelled."]
-
-
-@pytest.mark.parametrize("wrong,message", [
-    ({"num_requests": 0}, "1 <= requests <= orders <= 8"), ({"num_requests": 4}, "num_requests 4, num_orders 3"), ({"num_orders": 9}, "num_orders 9"),
-    ({"num_orders": 0}, "num_orders 0"), ({"noise": -0.1}, "noise -0.1: 0 to 1"), ({"noise": 1.1}, "noise 1.1: 0 to 1"), ({"max_turns": 0}, "max_turns 0: at least 1")])
-def test_settings_that_cannot_be_are_named(wrong, message):
-    with pytest.raises(ValueError) as error:
-        ToolDesk(**wrong)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    for possible in [(8, 8, 1, 1.0), (1, 1, None, 0.0)]:
-        ToolDesk(*possible).reset(seed=0)
 
 
 def test_the_plan_without_noise():

@@ -1,14 +1,12 @@
 """TwentyQuestions and GuessMyCity: replies, rewards, the scripted player, the value of ideal play."""
 
 import functools
-import itertools
 
 import numpy as np
 import pytest
 
-from envs import make_env
 from envs.episodes import demonstrations
-from envs.twenty_questions import OBJECTS, GuessMyCity, TwentyQuestions, ideal_return
+from envs.twenty_questions import GuessMyCity, TwentyQuestions, ideal_return
 
 GAMES = [lambda: TwentyQuestions(10), lambda: TwentyQuestions(20), lambda: GuessMyCity()]
 
@@ -53,18 +51,6 @@ def test_a_city_is_asked_about(city, said):
     questions = ["Which continent is it on?", "Is it on the coast?", "Is it a capital city?",
                  "What language do people speak there?", "What is the name of the city?"]
     assert replies(GuessMyCity(), city, *questions) == [*said, "I can't answer that question."]
-
-
-@pytest.mark.parametrize("make", GAMES)
-def test_no_two_things_give_the_same_replies(make):
-    table = make().table
-    assert len({tuple(row.values()) for row in table.values()}) == len(table)
-
-
-def test_the_ten_objects_are_the_first_of_the_twenty():
-    ten, twenty = TwentyQuestions(10).table, TwentyQuestions(20).table
-    assert list(ten) == list(twenty)[:10] == OBJECTS[:10] and len(twenty) == 20
-    assert all(ten[name] == twenty[name] for name in ten)
 
 
 @pytest.mark.parametrize("text", ["Is the object a dog cat?", "Is the object an apple?", "Is the object dog?",
@@ -185,7 +171,7 @@ def slow_value(table, discount, asked=()):
     return value(frozenset(table))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(15))
 def test_leaving_out_hopeless_guesses_changes_nothing(seed):
     """Tables of up to 9 things, some of them alike, with two or three replies."""
     rng = np.random.default_rng(seed)
@@ -202,16 +188,3 @@ def test_alike_things_can_only_be_guessed_in_turn():
     assert ideal_return({"a": {"q": "same"}}) == 0
 
 
-def test_wrong_arguments_are_refused():
-    for kwargs in ({"objects": 12}, {"question_share": 1.5}, {"informed_share": -0.1}):
-        with pytest.raises(ValueError, match="objects|share"):
-            make_env("turnrl/TwentyQuestions-v0", **kwargs)
-    with pytest.raises(TypeError):
-        make_env("turnrl/GuessMyCity-v0", objects=10)
-    with pytest.raises(ValueError, match="^answer phone: none of football, .*, scissors$"):
-        TwentyQuestions().reset(options={"answer": "phone"})
-
-
-def test_the_instructions_name_every_command_form():
-    for env in (TwentyQuestions(), TwentyQuestions(20), GuessMyCity()):
-        assert all(text in env.instructions for text in itertools.chain(env.table, env.questions))
