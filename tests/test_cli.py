@@ -414,7 +414,7 @@ def test_a_faulty_environment_is_named_and_its_transcript_kept(
 
 def test_an_environment_of_someone_else_trains_if_it_can_be_demonstrated(tmp_path, capsys):
     summary = ms_grpo.main(quick(
-        tmp_path, env_id="words:tests/YesOrNo-v0", env_kwargs="{}", num_iterations=10, warm_start_steps=30,
+        tmp_path, env_id="words:tests/YesOrNo-v0", env_kwargs="{}", num_iterations=10, warm_start_steps=40, tiny_init_std=0.1, warm_start_learning_rate=3e-3,
         eval_episodes=64, eval_every=10, num_prompts=8, group_size=8, learning_rate=3e-3))
     assert summary["success_end"] > max(0.8, summary["success_start"])
     fails(capsys, "--model", "neither demonstrate()", args=quick(tmp_path, env_id="words:tests/Faulty-v0", env_kwargs="{}"))
