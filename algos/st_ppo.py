@@ -24,8 +24,7 @@ Changed from igpo.py
 Deviations and choices
     D1  Eq. 7: --scale triggered is the paper's. The default is not: it never lengthens a step.
         relative: s = |g| / (|g| + |C|), g = grad J + C. In all of them s = 1 if no token binds.
-    D2  Adam largely undoes a constant s, and so does --max-grad-norm where s |grad J| is above it.
-        --scale step multiplies the learning rate by the default's s instead.
+    D2  Adam largely undoes a constant s: --scale step puts the default's s on the learning rate.
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
     D4  mean_t in Eq. 3 is over the tokens of an episode, then over episodes (PPO: over all tokens).
 
@@ -245,8 +244,9 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         pooled = turn_log_ratio(log_ratio, rows["turn_id"]) if of_turns else log_ratio
         objective, removed, binding = surrogate_and_clip_bias(
             pooled, rows["advantages"], rows["weights"], args.clip_low, args.clip_high)
-        parts = torch.autograd.grad(removed, parameters, retain_graph=True)  # C, Eq. 5
-        clip_bias += torch.cat([x.flatten() for x in parts])  # exactly 0 if no token binds
+        if binding.any():  # otherwise C is 0
+            parts = torch.autograd.grad(removed, parameters, retain_graph=True)  # C, Eq. 5
+            clip_bias += torch.cat([x.flatten() for x in parts])
         parts = torch.autograd.grad(objective, parameters)  # grad J, Eq. 3
         gradient += torch.cat([x.flatten() for x in parts])
         error = value_loss(critic(rows), rows["values"], rows["returns"], rows["token_weights"])
