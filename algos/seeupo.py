@@ -164,8 +164,7 @@ def turn_log_ratio(log_ratio: Tensor, turn_id: Tensor) -> Tensor:
     """
     index = turn_id + 1  # column 0 takes what was not sampled
     zeros = log_ratio.new_zeros(len(index), int(index.max()) + 1)  # (B, K + 1)
-    means = zeros.scatter_add(1, index, log_ratio) / zeros.scatter_add(
-        1, index, torch.ones_like(log_ratio)).clamp(min=1)
+    means = zeros.scatter_reduce(1, index, log_ratio, "mean", include_self=False)
     return torch.where(turn_id >= 0, means.gather(1, index), 0.0)
 
 

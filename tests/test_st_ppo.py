@@ -183,7 +183,7 @@ MICRO_BATCHES = {10**6: 1, 45: 2, 20: 4}  # --micro-batch-tokens: how many parts
 @pytest.fixture
 def policy():
     tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
-    return Policy(random_model("llama", len(tokenizer), 128), tokenizer, "cpu")
+    return Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu")
 
 
 def slow_logprobs(policy, batch, temperature=1.0):
