@@ -431,7 +431,7 @@ def slow_advantages(episode, values, args):
 @pytest.mark.parametrize("flags", [
     {"variant": "turn_ppo", "micro_batch_tokens": 60},
     {"discount": 0.9, "gae_lambda": 0.8, "num_epochs": 2, "num_minibatches": 3, "critic_learning_rate": 0.02,
-     "staleness": 1, "num_iterations": 3, "num_prompts": 3, "group_size": 2}])
+     "staleness": 1, "num_iterations": 3, "num_prompts": 2, "group_size": 3}])
 def test_what_a_run_trains_on_against_a_loop(flags, tmp_path, spy):
     """The batch is as old as asked for and whitened once; no episode is split or left out."""
     args, logged = Args(**(QUICK | flags)), run(tmp_path, **flags)[0][1:]
