@@ -214,7 +214,7 @@ def test_critics_of_a_checkpointed_policy_are_checkpointed(form, folder, script,
         ends.append(load_policy(RunArgs(model=str(run / "checkpoint"))).model.state_dict())
     assert all(torch.allclose(weight, ends[1][name], atol=1e-5) for name, weight in ends[0].items())
     policy = load_policy(RunArgs(model=folder, gradient_checkpointing=True))
-    critic = module.Critic(policy) if script == "st_ppo" else module.TurnCritic(policy, 1, 2)
+    critic = module.Critic(policy) if script == "st_ppo" else module.TurnCritic(policy, 2)
     passes = []
     critic.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     batch = {"tokens": torch.zeros(1, 6, dtype=torch.long), "turn_id": torch.tensor([[-1, -1, -1, 0, 0, 0]]),

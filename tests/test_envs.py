@@ -338,8 +338,8 @@ def test_false_trails_are_as_frequent_as_stated():
     ("easy", 0.594, 2.26), ("parts", 0.563, 4.03)])
 def test_the_scripted_searcher_is_as_noisy_as_stated(regime, success, turns):
     """The first three against an older implementation; `parts` has two different kinds of noise."""
-    episodes = demonstrations(SearchQA(regime), range(4000), 20, np.random.default_rng(0))
-    assert np.mean([e.success for e in episodes]) == pytest.approx(success, abs=0.03)
+    episodes = demonstrations(SearchQA(regime), range(1500), 20, np.random.default_rng(0))
+    assert np.mean([e.success for e in episodes]) == pytest.approx(success, abs=0.035)
     assert np.mean([len(e.turns) for e in episodes]) == pytest.approx(turns, abs=0.1)
 
 

@@ -109,16 +109,16 @@ def test_legal_actions_are_all_that_is_not_invalid():
 
 @pytest.mark.parametrize("make, mean", [(GAMES[0], -8.786702), (GAMES[1], -12.13), (GAMES[2], -8.900283)])
 def test_the_scripted_player_returns_what_was_computed(make, mean):
-    episodes = demonstrations(make(), list(range(3000)), 99, np.random.default_rng(0))
+    episodes = demonstrations(make(), list(range(1500)), 99, np.random.default_rng(0))
     returns = np.array([e.total_reward for e in episodes])
-    assert returns.mean() == pytest.approx(mean, abs=4 * returns.std() / 3000**0.5)
+    assert returns.mean() == pytest.approx(mean, abs=4 * returns.std() / 1500**0.5)
 
 
 @pytest.mark.parametrize("make, mean, success", [
     (GAMES[0], -12.188767, 0.641514), (GAMES[1], -14.279151, 0.492385), (GAMES[2], -12.188767, 0.641514)])
 def test_a_player_of_random_commands_returns_what_was_computed(make, mean, success):
     env, rng, ends = make(), np.random.default_rng(0), []
-    for seed in range(3000):
+    for seed in range(1500):
         _, info = env.reset(seed=seed)
         total, terminated = 0.0, False
         while not terminated:
@@ -126,8 +126,8 @@ def test_a_player_of_random_commands_returns_what_was_computed(make, mean, succe
             total += reward
         ends.append((total, info["success"]))
     returns, successes = np.array(ends).T
-    assert returns.mean() == pytest.approx(mean, abs=4 * returns.std() / 3000**0.5)
-    assert successes.mean() == pytest.approx(success, abs=0.04)
+    assert returns.mean() == pytest.approx(mean, abs=4 * returns.std() / 1500**0.5)
+    assert successes.mean() == pytest.approx(success, abs=0.05)
 
 
 def test_the_scripted_player_may_guess_what_fits_all_replies():
