@@ -109,7 +109,7 @@ def test_every_flag_is_read_somewhere_and_explained_in_help(script, capsys):
         tyro.cli(module.Args, args=["--help"], description=module.__doc__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert end.value.code == 0 and "Eq. 1" in text, "the equations that the flags name"
-    sources = [(ROOT / path).read_text() for path in ("utils.py", "policies.py", "run_folder.py", f"algos/{script}.py")]
+    sources = [(ROOT / path).read_text() for path in (f"algos/{script}.py", "utils.py", "policies.py", "run_folder.py")]
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
             used.add(node.attr)
