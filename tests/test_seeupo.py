@@ -30,15 +30,14 @@ def double(values):
 
 
 # --- Eq. 1, 2: rewards and advantages ------------------------------------------------------------
-@pytest.mark.parametrize("scale,groups,expected", [
-    ("none", [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], [0.75, -0.25, 0.25, -0.75]),
-    ("batch_std", [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], [2.03101, -0.677003, 0.677003, -2.03101]),
-    ("group_std", [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], [1.499997, -0.499999, 0.499999, -1.499997]),
+@pytest.mark.parametrize("scale,groups,first,others,most,last", [
+    ("none", [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], 0.75, -0.25, 0.25, -0.75),
+    ("batch_std", [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], 2.03101, -0.677003, 0.677003, -2.03101),
+    ("group_std", [1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], 1.499997, -0.499999, 0.499999, -1.499997),
     # only the std of the batch keeps how much the scores of a group differ
-    ("batch_std", [1.5, 0, 0, 0, 0.5, 0.5, 0.5, 0.4], [2.286213, -0.762071, 0.050805, -0.152414]),
-    ("group_std", [1.5, 0, 0, 0, 0.5, 0.5, 0.5, 0.4], [1.499998, -0.499999, 0.49999, -1.49997])])
-def test_advantages_by_hand(scale, groups, expected):
-    first, others, most, last = expected
+    ("batch_std", [1.5, 0, 0, 0, 0.5, 0.5, 0.5, 0.4], 2.286213, -0.762071, 0.050805, -0.152414),
+    ("group_std", [1.5, 0, 0, 0, 0.5, 0.5, 0.5, 0.4], 1.499998, -0.499999, 0.49999, -1.49997)])
+def test_advantages_by_hand(scale, groups, first, others, most, last):
     got = scaled_advantages(double(groups), 4, scale).tolist()
     assert got[:8] == pytest.approx([first] + [others] * 3 + [most] * 3 + [last], abs=1e-5)
     assert got[8:] == [0.0] * (len(groups) - 8)
@@ -245,7 +244,8 @@ def random_episodes(policy, seed, played=TURNS_PLAYED, scores=SCORES):
     for count, score in zip(played, scores, strict=True):
         turns = [Turn("", "", rng.integers(4, 200, rng.integers(2, 5)).tolist(), k == 0,
                       rng.integers(4, 200, rng.integers(1, 4)).tolist()) for k in range(count)]
-        turns[-1].reward = 1.0 if score is None else score
+        turns[-1].reward = 1.5 if score is None else score + 0.5
+        turns[0].reward -= 0.5  # the score is the sum over the turns
         episodes.append(Episode(0, "", turns, info={"garbage": score is None}))
         for turn, logprobs in zip(turns, slow_logprobs(policy, episodes[-1])[0], strict=True):
             turn.logprobs = logprobs.tolist()
