@@ -2,10 +2,11 @@
 
 Papers: "Tree Search for LLM Agent Reinforcement Learning", arXiv 2509.21240v3 [T], and "Beyond the
 80/20 Rule: High-Entropy Minority Tokens Drive Effective RL for LLM Reasoning", arXiv 2506.01939v2
-[M]. Joining them is ours: --keep-top-entropy 1 is Tree-GRPO alone, --forks 0 the mask alone.
+[M]. Joining them is our idea. --keep-top-entropy 1 is Tree-GRPO alone, --forks 0 the mask alone.
 
-Every prompt starts M chains, the trees. Then N turns of every tree are drawn and played on again
-from there: a branch shares the turns before it and costs only the new ones.
+Every prompt starts M episodes, called chains. Each chain grows into a tree: N of its turns are
+drawn, and the episode is played again from each of them to a new end. Such a branch shares the
+turns before the drawn one and costs only the new turns. A leaf is an episode of a tree.
 
     Eq. 1  leaves G = M (N + 1); a fork of a chain of D turns samples (D + 1) / 2 on average    [T]
     Eq. 2  z_i = (R_i - mean R) / (std R + 1e-6)                                          [T code]
@@ -14,8 +15,9 @@ from there: a branch shares the turns before it and costs only the new ones.
     Eq. 5  keep_t = 1 if H_t >= tau      tau: the 1 - rho quantile of H over sampled tokens [M 6]
     Eq. 6  J = 1/#kept sum_t keep_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A)      [M 6]
 
-    M  group_size    N  forks    rho  keep_top_entropy    w  ratio    A  tree_advantages (E,)
-    node_id (B, T)   the turn that sampled a token, over all rows; -1 where none did
+    M  group_size    N  forks    rho  keep_top_entropy    A  tree_advantages (E,)    w  ratio
+    H  entropies (B, T)    tau  entropy_threshold
+    node_id (B, T)  number of the turn that sampled a token, over all rows; -1 where none did
 
 Changed from igpo.py
     - the episodes of a group are the leaves of M trees that share turns
@@ -23,18 +25,20 @@ Changed from igpo.py
     - only tokens of high entropy enter the loss; mean over tokens instead of over rows
 
 Deviations and choices
-    D1  A leaf alone in its tree or group gets 0 from it (official code: its score).
-    D2  A prefix shared by c leaves stands in c rows: its weight is the sum of their advantages.
-    D3  tau comes from the tokens of the whole minibatch, a shared token counted once, and ties are
-        kept. (Official code: per micro-batch, ties by index.)
-    D4  A branch repeats its prefix: the environment its actions from the same seed, the policy one
-        forward pass. One round of forks (paper: L).
-    D5  --chains plays M (1 + N / 2) independent chains instead, the budget by [T]'s formula; the
-        trees of short episodes cost somewhat more (Eq. 1), so compare at equal tokens.
-    D6  No KL and no entropy bonus, as [M] ([T]: 0.001 each); mean over tokens as the official code
-        (paper [T]: over rows); clip 0.2 on both sides ([M]: 0.28 above); no dual clip (code: 3).
-    D7  rho = 0.5 by default ([M]: 0.2): a turn has four tokens here, and the fifth of highest
-        entropy leaves out the word that decides between searching and answering.
+    D1  A leaf that is alone in its tree or group gets 0 from it (official code: its own score).
+    D2  Tokens that c leaves share stand in c rows, so they get the sum of the c advantages. The
+        official code does the same; the paper does not say.
+    D3  tau is computed from all tokens of a minibatch, and a shared token counts once. All tokens
+        that reach tau are kept (official code: a fixed number per micro-batch).
+    D4  A fork resets the environment with the same seed and repeats the actions; the policy reads
+        the shared turns again in one forward pass. There is one round of forks (paper: L rounds).
+    D5  --chains is a control: M (1 + N / 2) independent chains, which cost the same by [T]'s
+        formula. Trees of short episodes cost somewhat more (Eq. 1): compare at equal tokens.
+    D6  No KL and no entropy bonus, as in [M] ([T]: 0.001 each). Mean over tokens, as in the
+        official code (paper [T]: over rows). Clip 0.2 on both sides ([M]: 0.28 above), no dual
+        clip (official code: 3). Two minibatches ([T]: 8).
+    D7  rho = 0.5 by default ([M]: 0.2). A turn has four tokens here. The 20 % of highest entropy
+        leave out the word that decides between searching and answering.
 
     python algos/tree_grpo.py        about 2.5 minutes on 2 CPU cores
 """
@@ -72,9 +76,9 @@ class Args(RunArgs):
     group_size: int = 2  # trees per prompt, M in Eq. 1 (a group has more leaves than that)
 
     # Algorithm specific arguments
-    forks: int = 2  # branches added to every tree, N in Eq. 1; 0 leaves chains
-    chains: bool = False  # control: independent chains of about the tokens of the trees
-    advantage: Literal["both", "intra", "inter"] = "both"  # intra: in the tree, inter: in the group
+    forks: int = 2  # branches added to every tree, N in Eq. 1; with 0 a tree is its chain
+    chains: bool = False  # control: independent chains that cost about as much as the trees
+    advantage: Literal["both", "intra", "inter"] = "both"  # terms of Eq. 3; both: the paper's
     keep_top_entropy: float = 0.5  # share of tokens in the loss, rho in Eq. 5; 1.0 keeps all
     invert_entropy_mask: bool = False  # control: train on the tokens that Eq. 5 drops
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 6
@@ -108,7 +112,11 @@ def tree_advantages(scores: Tensor, tree_id: Tensor, group_id: Tensor,
                     advantage: str = "both") -> Tensor:
     """Scores relative to the tree plus scores relative to the whole group. Eq. 3
 
-    scores (E,), tree_id (E,) different in every group, group_id (E,) -> (E,)
+    scores (E,), tree_id (E,), group_id (E,) -> (E,). No two groups use the same tree_id.
+
+    >>> scores, trees = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    >>> tree_advantages(scores, trees, torch.zeros(4))  # 0.7071 in its tree + 1.5 in its group
+    tensor([ 2.2071, -1.2071, -0.5000, -0.5000])
     """
     intra = group_relative_advantages(scores, tree_id)
     inter = group_relative_advantages(scores, group_id)
@@ -117,9 +125,12 @@ def tree_advantages(scores: Tensor, tree_id: Tensor, group_id: Tensor,
 
 @torch.no_grad()
 def first_copies(node_id: Tensor) -> Tensor:
-    """Which sampled tokens are not copies: those in the first row that holds their node.
+    """Marks every sampled token once: in the first row that holds its node.
 
     node_id (B, T), -1 on tokens that were not sampled -> (B, T) bool
+
+    >>> first_copies(torch.tensor([[-1, 0, 1], [-1, 0, 2]])).tolist()  # two leaves share node 0
+    [[False, True, True], [False, False, True]]
     """
     rows = torch.arange(len(node_id), device=node_id.device)[:, None].expand_as(node_id)
     first = rows.new_full((int(node_id.max()) + 2 if len(node_id) else 1,), len(node_id))
@@ -127,13 +138,33 @@ def first_copies(node_id: Tensor) -> Tensor:
     return (node_id >= 0) & (first[node_id + 1] == rows)
 
 
+@torch.no_grad()
+def entropy_threshold(entropies: Tensor, keep_top_entropy: float) -> float:
+    """The entropy that the given share of the tokens reaches, tau. Eq. 5
+
+    entropies (N,) of distinct sampled tokens -> a number, -inf if all are kept
+
+    >>> entropy_threshold(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 0.5)  # keeps 2, 3 and 4
+    2.0
+    """
+    if keep_top_entropy == 1 or not len(entropies):
+        return -float("inf")
+    return entropies.quantile(1 - keep_top_entropy).item()
+
+
 # === 4. Loss =====================================================================================
 def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, clip_low: float,
                 clip_high: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus the objective of Eq. 6, and weighted means for the log.
 
-    logprobs, entropy (B, T); batch: old_logprobs, advantages, weights of all tokens, kept_weights
-    of the tokens that Eq. 5 keeps (B, T), each summing to 1
+    logprobs, entropy (B, T); batch: old_logprobs, advantages, weights of all sampled tokens and
+    kept_weights of those that Eq. 5 keeps (B, T), which sum to 1 each. The loss is a mean over the
+    kept tokens, the other numbers are means over all.
+
+    >>> batch = {"old_logprobs": torch.zeros(1, 2), "advantages": torch.ones(1, 2),
+    ...          "weights": torch.tensor([[0.5, 0.5]]), "kept_weights": torch.tensor([[1.0, 0.0]])}
+    >>> policy_loss(batch, torch.tensor([[1.5, 9.0]]).log(), torch.zeros(1, 2), 0.2, 0.2)[0]
+    tensor(-1.2000)
     """
     advantages, weights = batch["advantages"], batch["weights"]  # (B, T)
     log_ratio = logprobs - batch["old_logprobs"]
@@ -150,24 +181,28 @@ def policy_loss(batch: dict[str, Tensor], logprobs: Tensor, entropy: Tensor, cli
 
 # === 5. Trees ====================================================================================
 def fork_episode(episode: Episode, k: int, args: Args) -> tuple[gym.Env, Episode]:
-    """The situation before turn k of an episode, in a new environment: its actions are repeated."""
-    [env], turns = make_envs(args, 1), episode.turns[:k]
-    observation, info = env.reset(seed=episode.seed)
-    branch = Episode(episode.seed, episode.turns[k].observation, turns, episode.start_info)
-    branch.info = turns[-1].info if turns else episode.start_info
-    for turn, following in zip(turns, episode.turns[1:], strict=False):
-        same = observation == turn.observation
-        observation, _, terminated, truncated, _ = env.step(turn.action)
-        if not same or terminated or truncated or observation != following.observation:
+    """Makes an environment and an episode that stand where turn k of `episode` was played.
+
+    The environment repeats the actions before turn k; the episode shares the turns before it.
+    """
+    [env], turns, ended = make_envs(args, 1), episode.turns[:k], False
+    observation, _ = env.reset(seed=episode.seed)
+    for number, turn in enumerate(episode.turns[: k + 1]):
+        if ended or observation != turn.observation:
             stop(f"--env-id {args.env_id}: it does not repeat itself: seed {episode.seed} came out "
-                 f"differently before turn {k}")
-    return env, branch
+                 f"differently before turn {number}")
+        if number < k:
+            observation, _, terminated, truncated, _ = env.step(turn.action)
+            ended = terminated or truncated
+    info = turns[-1].info if turns else episode.start_info
+    return env, Episode(episode.seed, observation, turns, episode.start_info, info)
 
 
 def fork_points(episodes: list[Episode]) -> list[tuple[int, int]]:
-    """All (leaf, k) of a tree where turn k may be played anew, a shared turn only once.
+    """Lists every (leaf, k) of a tree such that turn k of the leaf can be played again.
 
-    The root (k = 0) and every turn that did not end an episode.
+    These are k = 0, the root, and the position after every turn that did not end its episode. A
+    position that several leaves share is listed once.
     """
     points: dict[int | None, tuple[int, int]] = {}
     for leaf, episode in enumerate(episodes):
@@ -179,11 +214,11 @@ def fork_points(episodes: list[Episode]) -> list[tuple[int, int]]:
 
 def grow_trees(policy: Policy, envs: list[gym.Env], args: Args,
                iteration: int) -> list[list[Episode]]:
-    """This process's trees, each a list of leaves; the M trees of a prompt are neighbours. Eq. 1"""
+    """Plays this process's trees, each a list of leaves; the M of a prompt are neighbours. Eq. 1"""
     trees = [[chain] for chain in collect_groups(policy, envs, args, iteration)]
     branches, rngs = [], []
     for number, tree in enumerate(trees, start=rank() * len(trees)):
-        points = fork_points(tree)  # none if no turn was played
+        points = fork_points(tree)  # empty if no turn was played
         draw = random_stream(args.seed, DRAW, iteration, number, 1)
         for i in range(args.forks if points else 0):
             leaf, k = points[draw.integers(len(points))]  # with replacement
@@ -198,7 +233,7 @@ def grow_trees(policy: Policy, envs: list[gym.Env], args: Args,
 
 
 def number_nodes(episodes: list[Episode], batch: dict[str, Tensor]) -> Tensor:
-    """node_id (B, T): the number of the turn that sampled a token, -1 where none did."""
+    """Numbers the turns: node_id (B, T) says which one sampled a token, and is -1 elsewhere."""
     numbers: dict[int, int] = {}  # from 1, since expand_to_tokens puts 0 where nothing was sampled
     nodes, _ = turn_table(episodes, lambda turn: numbers.setdefault(id(turn), len(numbers)) + 1,
                           batch["tokens"].device)
@@ -206,7 +241,10 @@ def number_nodes(episodes: list[Episode], batch: dict[str, Tensor]) -> Tensor:
 
 
 def tree_metrics(trees: list[list[Episode]], group_id: Tensor, credit: Tensor) -> dict[str, float]:
-    """What the trees cost and which of them teach something, over all processes."""
+    """Measures what the trees cost and which of them teach something, over all processes.
+
+    group_id (E,), credit (E, K)
+    """
     spread = all_gather(torch.tensor([
         max(e.total_reward for e in tree) - min(e.total_reward for e in tree) for tree in trees]))
     signal = torch.zeros(int(group_id.max()) + 1, device=credit.device)
@@ -214,8 +252,8 @@ def tree_metrics(trees: list[list[Episode]], group_id: Tensor, credit: Tensor) -
     turns = [turn for tree in trees for episode in tree for turn in episode.turns]
     nodes = {id(turn): turn for turn in turns}.values()
     leaves, in_rows, sampled = all_reduce_sum(torch.tensor([
-        len(group_id), sum(len(turn.token_ids) for turn in turns),
-        sum(len(turn.token_ids) for turn in nodes)])).tolist()
+        len(group_id), sum(turn.num_sampled for turn in turns),
+        sum(turn.num_sampled for turn in nodes)])).tolist()
     return {"groups_without_signal": (signal == 0).double().mean().item(),
             "trees_without_signal": (spread <= 1e-6).double().mean().item(),
             "leaves_per_1000_tokens": 1000 * leaves / max(sampled, 1),
@@ -228,9 +266,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Te
     """One optimizer step on one minibatch."""
     mask = batch["turn_id"] >= 0
     _, entropies = batch_logprobs(policy, batch, args)  # of the current policy, no gradient
-    pool, threshold = all_gather(entropies[first_copies(batch["node_id"])]), -float("inf")
-    if args.keep_top_entropy < 1 and len(pool):
-        threshold = pool.quantile(1 - args.keep_top_entropy).item()  # tau
+    distinct = all_gather(entropies[first_copies(batch["node_id"])])
+    threshold = entropy_threshold(distinct, args.keep_top_entropy)
     # 1e-6: copies of a token, whose entropies are rounded differently, are kept together
     keep = mask & ((entropies >= threshold - 1e-6) ^ args.invert_entropy_mask)
     batch["weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)
