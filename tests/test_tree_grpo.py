@@ -414,7 +414,7 @@ def test_an_arm_has_its_leaves_and_counts_shared_turns_once(tmp_path, monkeypatc
     summary = main(quick(tmp_path, **flags))
     drawn = [n for n in drawn if n]  # demonstrations have no tokens
     assert summary["generated_tokens"] == sum(drawn) > 0 and summary["environment_steps"] == len(drawn)
-    _, *rows = csv.DictReader(open(next(tmp_path.glob("*/metrics.csv"))))
+    _, *rows = csv.DictReader(next(tmp_path.glob("*/metrics.csv")).read_text().splitlines())
     for row, tokens in zip(rows, np.diff([0, *(int(row["generated_tokens"]) for row in rows)]), strict=True):
         assert float(row["leaves_per_1000_tokens"]) == pytest.approx(1000 * leaves / tokens)
         assert (float(row["row_tokens_per_sampled"]) > 1) == (not flags)
