@@ -125,17 +125,17 @@ def tree_advantages(scores: Tensor, tree_id: Tensor, group_id: Tensor,
 
 @torch.no_grad()
 def first_copies(node_id: Tensor) -> Tensor:
-    """Marks every sampled token once: in the first row that holds its node.
+    """Finds the row of every token's first copy: the first one that holds its node.
 
-    node_id (B, T), -1 on tokens that were not sampled -> (B, T) bool
+    node_id (B, T) -> (B, T) rows; the own row of a token that was not sampled
 
     >>> first_copies(torch.tensor([[-1, 0, 1], [-1, 0, 2]])).tolist()  # two leaves share node 0
-    [[False, True, True], [False, False, True]]
+    [[0, 0, 0], [1, 0, 1]]
     """
     rows = torch.arange(len(node_id), device=node_id.device)[:, None].expand_as(node_id)
     first = rows.new_full((int(node_id.max()) + 2 if len(node_id) else 1,), len(node_id))
     first.scatter_reduce_(0, (node_id + 1).flatten(), rows.flatten(), "amin")
-    return (node_id >= 0) & (first[node_id + 1] == rows)
+    return torch.where(node_id >= 0, first[node_id + 1], rows)
 
 
 @torch.no_grad()
@@ -241,10 +241,7 @@ def number_nodes(episodes: list[Episode], batch: dict[str, Tensor]) -> Tensor:
 
 
 def tree_metrics(trees: list[list[Episode]], group_id: Tensor, credit: Tensor) -> dict[str, float]:
-    """Measures what the trees cost and which of them teach something, over all processes.
-
-    group_id (E,), credit (E, K)
-    """
+    """Measures what the trees cost and which of them teach something, over all processes."""
     spread = all_gather(torch.tensor([
         max(e.total_reward for e in tree) - min(e.total_reward for e in tree) for tree in trees]))
     signal = torch.zeros(int(group_id.max()) + 1, device=credit.device)
@@ -266,9 +263,11 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Te
     """One optimizer step on one minibatch."""
     mask = batch["turn_id"] >= 0
     _, entropies = batch_logprobs(policy, batch, args)  # of the current policy, no gradient
-    distinct = all_gather(entropies[first_copies(batch["node_id"])])
-    threshold = entropy_threshold(distinct, args.keep_top_entropy)
-    # 1e-6: copies of a token, whose entropies are rounded differently, are kept together
+    first, own = first_copies(batch["node_id"]), torch.arange(len(mask), device=mask.device)
+    entropies = entropies.gather(0, first)  # copies are rounded differently, above all in bf16
+    distinct = entropies[mask & (first == own[:, None])]
+    threshold = entropy_threshold(all_gather(distinct), args.keep_top_entropy)
+    # 1e-6: so are equal entropies, which are all kept
     keep = mask & ((entropies >= threshold - 1e-6) ^ args.invert_entropy_mask)
     batch["weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)
     batch["kept_weights"] = keep / all_reduce_sum(keep.sum()).clamp(min=1)  # mean over kept tokens
