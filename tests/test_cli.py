@@ -190,7 +190,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_and_a_page_of_sam
     same_weights(whole, half)
     one, two = rows_of(whole), rows_of(half)
     for row in (*one, *two):
-        row.pop("seconds"), row.pop("probe_share", None)
+        row.pop("seconds")
     assert one == two and len(one) == 5
     assert (whole / "samples.jsonl").read_text() == (half / "samples.jsonl").read_text()
     assert any(float(row.get("grad_norm") or 0) > 0 for row in one), "something was learned"
@@ -488,6 +488,6 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
         rows = [rows_of(one), rows_of(two)]
         assert any(float(row.get("grad_norm") or 0) > 0 for row in rows[0]), f"{script} learned something"
         for first, second in zip(*rows, strict=True):
-            for name in first.keys() - {"seconds", "probe_share"}:
+            for name in first.keys() - {"seconds"}:
                 if first[name]:
                     assert float(first[name]) == pytest.approx(float(second[name]), abs=1e-4), (script, name)
