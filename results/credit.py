@@ -74,7 +74,7 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
     args = tree_grpo.Args()
     entropies = of_tokens([1.2, 0.9, 0.1, 0.05, 0.8, 1.4, 1.3, 0.1,
                            0.6, 0.2, 0.1, 0.02, 0.5, 0.3, 0.01])
-    threshold = entropies[MASK].quantile(1 - args.keep_top_entropy)
+    threshold = tree_grpo.entropy_threshold(entropies[MASK], args.keep_top_entropy)
     tree_id = torch.tensor([0, 0, 1, 1])
     leaves = tree_grpo.tree_advantages(SCORES, tree_id, GROUP, args.advantage)
     add("Tree-GRPO", torch.where(TURN_MASK, leaves[:, None], 0.0),
