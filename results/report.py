@@ -123,7 +123,7 @@ CURVES = {  # algo: columns of metrics.csv that are also compared at equal token
     "turn_budget": {"eval_success": "success", "eval_rounds_completed": "right hops",
                     "eval_thought_tokens": "thought tokens per turn",
                     "eval_tokens_per_success": "tokens per solved episode",
-                    "eval_forced_closes": "thoughts closed by force",
+                    "eval_forced_closes": "thoughts closed by the cap",
                     "eval_overflowed": "context full",
                     "eval_thought_share": "context that is thought",
                     "eval_history_cost": "history cost"},
