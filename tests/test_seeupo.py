@@ -339,11 +339,11 @@ def recorded(scores=SCORES, played=TURNS_PLAYED, group_size=3, **flags):
 
     def record(policy, reference, optimizer, batch, args):
         assert torch.equal(*(parameters_to_vector(x.model.parameters()) for x in (reference, POLICY)))
-        step = SimpleNamespace(batch=dict(batch), before=copy.deepcopy(policy))
-        step.turns = batch["turn_id"].unique().tolist()[1:]
-        step.metrics = update(policy, reference, optimizer, batch, args)
-        step.after = copy.deepcopy(policy)
+        assert optimizer.defaults["weight_decay"] == 0
+        turns, before = batch["turn_id"].unique().tolist()[1:], copy.deepcopy(policy)
+        step = SimpleNamespace(batch=dict(batch), turns=turns, before=before)
         run.steps.append(step)
+        step.metrics, step.after = update(policy, reference, optimizer, batch, args), copy.deepcopy(policy)
         return step.metrics
 
     settings = {"num_prompts": len(scores) // group_size, "group_size": group_size, "num_iterations": 2, "max_turns": 1,
