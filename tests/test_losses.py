@@ -1,7 +1,6 @@
 """What several scripts copy, tested once: test_scripts.py sees to it that the copies are equal.
 
-Advantages of groups, the clipped loss, the KL estimate, returns to go, and the update around them, against slow loops,
-exact expectations and finite differences.
+Advantages, the clipped loss, the KL estimate, returns and updates against slow loops, expectations, finite differences.
 """
 
 import itertools
