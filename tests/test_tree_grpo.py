@@ -260,14 +260,14 @@ def test_branches_end_where_the_context_is_full_and_a_chain_without_turns_has_no
 
 
 def test_the_metrics_of_trees_by_hand():
-    """Two prompts of two trees; one tree teaches something. Turns of 2 and of 12 tokens are shared."""
+    """Three prompts, four trees, one leaf with an advantage. Turns of 2 and of 12 tokens are shared."""
     a, b, c, d, e, f, g, h, i, j, k, last = (Turn("", "", token_ids=[0] * n) for n in range(1, 13))
-    g.reward = 0.5
+    d.reward = e.reward = g.reward = 0.5
     trees = [[episode_of(b, a), episode_of(b, c)], [episode_of(d), episode_of(e)],
              [episode_of(f, g), episode_of(h)], [episode_of(last, i, j), episode_of(last, k)]]
-    credit = torch.tensor([0, 0, 0, 0, -0.7, 0, 0, 0])[:, None].expand(8, 3)
-    assert tree_metrics(trees, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), credit) == pytest.approx({
-        "groups_without_signal": 0.5, "trees_without_signal": 0.75, "leaves_per_1000_tokens": 1000 * 8 / 78,
+    credit = torch.tensor([0, 0, 0, 0, -0.7, 0, 0, 0])[:, None] * torch.tensor([0.0, 1, 0])
+    assert tree_metrics(trees, torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), credit) == pytest.approx({
+        "groups_without_signal": 2 / 3, "trees_without_signal": 0.75, "leaves_per_1000_tokens": 1000 * 8 / 78,
         "row_tokens_per_sampled": 92 / 78})
 
 
