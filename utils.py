@@ -191,6 +191,9 @@ class Decoder:
 
     def keep(self, rows: list[int]):
         """Drop all other rows, in place."""
+        if self.policy.windowed:  # feed starts it again anyway; recurrent layers cannot select
+            self.clear(len(rows))
+            return
         index = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask, self.fed = self.mask[index], [self.fed[n] for n in rows]
