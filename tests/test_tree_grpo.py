@@ -387,21 +387,21 @@ def test_a_run_credits_every_token_by_its_tree_and_its_prompt(tmp_path, monkeypa
     grown, batches = [], []
     monkeypatch.setattr(script, "grow_trees", lambda *args: grown.append(grow_trees(*args)) or grown[-1])
     monkeypatch.setattr(script, "update", lambda *args: batches.append(dict(args[2])) or update(*args))
-    main(quick(tmp_path, advantage=advantage, num_iterations=1, num_minibatches=1))
-    [trees], [batch], expected = grown, batches, []
+    main(quick(tmp_path, advantage=advantage, num_iterations=1, num_minibatches=3))
+    [trees], expected = grown, ([], [], [])  # of three prompts, one in a minibatch
     for number, tree in enumerate(trees):
-        prompt = trees[number // 2 * 2] + trees[number // 2 * 2 + 1]
         for leaf in tree:
-            scores = [[other.total_reward for other in trees_of] for trees_of in (tree, prompt)]
-            expected.append(sum((leaf.total_reward - np.mean(scores[i])) / (np.std(scores[i], ddof=1) + 1e-6)
-                                for i in terms))
-    mask, leaves = batch["turn_id"] >= 0, [leaf for tree in trees for leaf in tree]
-    assert torch.allclose(batch["advantages"], torch.tensor(expected).float()[:, None] * mask, atol=1e-4)
-    nodes, numbers = torch.full_like(batch["turn_id"], -1), {}
-    for row, leaf in enumerate(leaves):
-        for k, turn in enumerate(leaf.turns):
-            nodes[row, batch["turn_id"][row] == k] = numbers.setdefault(id(turn), len(numbers))
-    assert torch.equal(batch["node_id"], nodes) and max(expected) > 0.5
+            scores = [[x.total_reward for x in leaves] for leaves in (tree, sum(trees[number // 2 * 2:][:2], []))]
+            expected[number // 2].append((leaf, sum(
+                (leaf.total_reward - np.mean(scores[i])) / (np.std(scores[i], ddof=1) + 1e-6) for i in terms)))
+    for batch, pairs in zip(batches, [x for x in expected if any(credit for _, credit in x)], strict=True):
+        leaves, credit = zip(*pairs, strict=True)
+        nodes, numbers = torch.full_like(batch["turn_id"], -1), {}
+        for row, leaf in enumerate(leaves):
+            for k, turn in enumerate(leaf.turns):
+                nodes[row, batch["turn_id"][row] == k] = numbers.setdefault(id(turn), len(numbers))
+        assert torch.equal(batch["node_id"], nodes) and max(credit) > 0.5
+        assert torch.allclose(batch["advantages"], torch.tensor(credit).float()[:, None] * (nodes >= 0), atol=1e-4)
 
 
 @pytest.mark.parametrize("flags,leaves", [
