@@ -278,7 +278,7 @@ def batch(grown):
     """Rows of the trees with an irregular advantage for every leaf."""
     policy, trees = grown
     episodes = [leaf for tree in trees for leaf in tree]
-    batch = collate(episodes, policy.device, torch.arange(1.0, 31)[:, None].sin().expand(30, 6))
+    batch = collate(episodes, policy.device, 9 * torch.arange(1.0, 31)[:, None].sin().expand(30, 6))
     return policy, batch | {"node_id": number_nodes(episodes, batch)}
 
 
@@ -307,11 +307,11 @@ def gradient_of(policy, loss):
 def test_an_update_equals_a_loop_over_tokens(off_policy, parts, flags):
     """Gradient and every logged column, for several micro-batches."""
     policy, batch = off_policy
-    flags = {"keep_top_entropy": 0.2, "clip_high": 0.3} | flags
+    flags = {"keep_top_entropy": 0.2, "clip_high": 0.3, "temperature": 1.2} | flags
     limit = next(n for n in range(4000, 0, -1) if len(list(micro_batches(batch, n))) == parts)
     metrics, gradient = run_update(policy, batch, micro_batch_tokens=limit, **flags)
 
-    logprobs, entropies = token_logprobs(policy, batch, 1.0)
+    logprobs, entropies = token_logprobs(policy, batch, 1.2)
     sampled, share = (batch["turn_id"] >= 0).nonzero().tolist(), flags["keep_top_entropy"]
     # shared tokens stand in the same columns
     distinct = {(int(batch["node_id"][row, t]), t): entropies[row, t].item() for row, t in sampled}
