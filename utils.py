@@ -54,7 +54,7 @@ class RunArgs:
     temperature: float = 1.0  # sampling temperature of the training episodes
     learning_rate: float = 3e-4  # of AdamW, constant
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    micro_batch_tokens: int = 16384  # tokens per forward pass of an update: memory, not results
+    micro_batch_tokens: int = 4096  # tokens per forward pass of an update: memory, not results
     warm_start_steps: int = 600  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights

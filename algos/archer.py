@@ -6,37 +6,37 @@ and from the authors' code, YifeiZhou02/ArCHer at 7c771a7 [code].
 
     Eq. 1  y_j = r + (1 - done) discount Vbar_j(s')                                       [code]
     Eq. 2  u_j = Qbar_j(s, a~)                  a~ a fresh answer of the current policy   [code]
-    Eq. 3  critic loss = mean over turns of sum_j (Q_j(s, a) - y_j)^2 + (V_j(s) - u_j)^2  [code]
+    Eq. 3  critic loss = mean sum_j (Q_j(s, a) - y_j)^2 + mean sum_j (V_j(s) - u_j)^2     [code]
     Eq. 4  after every critic step: target <- (1 - tau) target + tau critic               [code]
-    Eq. 5  A = min_j Q_j(s, a~) - min_j V_j(s)                                            [code]
-    Eq. 6  J = mean over turns of A sum_t log pi(a~_t)                                    [code]
+    Eq. 5  A = min_j Q_j(s, a~) - min_j V_j(s), minus its mean over the step (D6)         [code]
+    Eq. 6  objective = mean over drawn turns of A sum_t log pi(a~_t | s, a~_<t)           [code]
 
     s    the tokens before a turn    a  the answer that was given    r, done  what came of it
-    s'   the tokens before the next turn     j  one of J = 2 heads (the last axis)
-    bar  the target critic, a slow copy      tau  target_rate        t  a token of the answer
+    s'   the tokens before the next turn     j  one of num_critics heads (the last axis, J)
+    bar  of the target critic, a slow copy; without it: the critic itself    tau  target_rate
 
-What is learned where. A buffer keeps the turns that all past policies have played.
-    Q       at all turns of the drawn episodes, towards y. It does not matter who gave the answer:
-            its reward and the state after it are known.
-    V       at the drawn turns only, towards u. V is the value of the current policy, about which
-            the old answer says nothing: the policy answers the state again.
-    policy  on fresh answers to drawn states, never off-policy. An answer's tokens share its A.
+What is learned where. A step draws B turns from a buffer of all past episodes, with replacement.
+    Q       at all n turns of a drawn turn's episode, each with weight 1 / (n B), towards y. It does
+            not matter who gave the answer: its reward and the state after it are known.
+    V       at the drawn turn only, with weight 1 / B, towards u. V is the value of the current
+            policy, about which the old answer says nothing: the policy answers the state again.
+    policy  on fresh answers to newly drawn states. The tokens of an answer share its A.
 
 Changed from seeupo.py
-    - a buffer of turns, of which the policy sees only the states
+    - a buffer of old episodes, of which the policy sees only the states
     - a critic of answers and its slow copy, many critic steps per policy step
     - no ratios and no clipping, because every answer is the current policy's own
 
 Deviations and choices
-    D1  A time limit does not end the return of Eq. 1. The code ends it: --no-bootstrap-truncated.
-    D2  One causal pass over an episode gives V of every state, from its last token, and Q, from
-        that and the mean over the answer's tokens (code: a row per turn, two passes).
+    D1  Eq. 1 goes on after a time limit, not after a full context (code: --no-bootstrap-truncated).
+    D2  One causal pass over an episode. V reads the hidden state of a state's last token, Q that
+        and the mean hidden state of the answer (code: a row per turn, two passes).
     D3  The end-of-turn token is trained (code: it is cut away).
     D4  Each network is clipped to its own gradient norm (code: one norm for both).
     D5  The critic starts as a copy of the policy's first two layers (code: a RoBERTa).
     D6  The mean of A over a policy step is subtracted: it is noise of the critic. In the code it
         stays: --no-centre-advantages.
-    D7  Sizes are smaller, see the flags. Evaluation samples (code: greedy).
+    D7  Sizes are smaller, see the flags. The evaluation samples (code: greedy).
 
     python algos/archer.py        about 4 minutes on 2 CPU cores
 """
@@ -90,10 +90,10 @@ class Args(RunArgs):
     target_rate: float = 0.5  # tau of Eq. 4 (code: 0.1)
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
     critic_steps: int = 10  # optimizer steps of the critic per iteration (code: 50)
-    critic_batch_turns: int = 32  # turns drawn for a critic step (code: 256)
+    critic_batch_turns: int = 32  # turns drawn for a critic step, B (code: 256)
     actor_steps: int = 3  # optimizer steps of the policy per iteration
-    actor_batch_turns: int = 128  # turns drawn for a policy step (code: 256)
-    actor_warm_up: int | None = None  # iterations before the first; default: 2 K / tau critic steps
+    actor_batch_turns: int = 128  # turns drawn for a policy step, B (code: 256)
+    actor_warm_up: int | None = None  # of the critic alone; default: 2 K / (tau critic_steps)
     replay_turns: int = 100000  # turns in the buffer; the oldest episodes are dropped
     bootstrap_truncated: bool = True  # a time limit does not end the return, D1
     centre_advantages: bool = True  # subtract their mean over the policy step, D6
@@ -118,7 +118,7 @@ def turn_returns(turn_rewards: Tensor, turn_mask: Tensor, discount: float) -> Te
 
 @torch.no_grad()
 def q_targets(rewards: Tensor, done: Tensor, next_values: Tensor, discount: float) -> Tensor:
-    """What Q should be: the reward, and what every head's own V expects after it. Eq. 1
+    """What Q should be: the reward plus what the same head's V expects of the next state. Eq. 1
 
     rewards (..), done (..) bool, next_values (.., J) -> (.., J)
 
@@ -172,13 +172,13 @@ def actor_objective(logprobs: Tensor, advantages: Tensor, turn_id: Tensor, count
 
     logprobs, turn_id (B, T), advantages (B,), the whole step's count of answers -> scalar
 
-    >>> answers = torch.tensor([[0, 0], [0, -1]])  # of two tokens, of one: (2 * -3 - 1 * -1) / 2
+    >>> turn_id = torch.tensor([[0, 0], [0, -1]])  # two tokens, and one: (2 * -3 - 1 * -1) / 2
     >>> logprobs = torch.tensor([[-1.0, -2.0], [-1.0, -9.0]])
-    >>> actor_objective(logprobs, torch.tensor([2.0, -1.0]), answers, 2)
+    >>> actor_objective(logprobs, torch.tensor([2.0, -1.0]), turn_id, 2)
     tensor(-2.5000)
     """
-    answers = torch.where(turn_id >= 0, logprobs, 0.0).sum(1)  # (B,)
-    return (advantages * answers).sum() / count
+    of_answers = torch.where(turn_id >= 0, logprobs, 0.0).sum(1)  # (B,) log pi(a~ | s)
+    return (advantages * of_answers).sum() / count
 
 
 # === 5. The critic, the buffer and fresh answers =================================================
@@ -201,14 +201,14 @@ class TurnCritic(torch.nn.Module):
         self.to(policy.device)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Q(s, a) and V(s) of every turn, each (B, K, J), from one causal pass."""
+        """Q(s, a) and V(s) of every state, each (B, K, J); Q means nothing without an answer."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state.float()
         row = torch.arange(len(hidden), device=self.device)[:, None]
-        state = hidden[row, batch["starts"] - 1]  # (B, K, D), at the last token of every state
+        state = hidden[row, batch["starts"] - 1]  # (B, K, D), at a state's last token
         turn = torch.arange(state.shape[1], device=self.device)[:, None]
         inside = (batch["turn_id"][:, None] == turn).float()  # (B, K, T)
-        answer = inside @ hidden / inside.sum(2, keepdim=True).clamp(min=1)  # (B, K, D), its mean
+        answer = inside @ hidden / inside.sum(2, keepdim=True).clamp(min=1)  # (B, K, D), mean
         q = [head(torch.cat([state, answer], 2)) for head in self.q_heads]
         return torch.cat(q, 2), torch.cat([head(state) for head in self.v_heads], 2)
 
@@ -273,7 +273,7 @@ def collate_turns(drawn: list[tuple[Trajectory, int]], device: torch.device) -> 
 
 def fresh_answers(policy: Policy, drawn: list[tuple[Trajectory, int]], rng: np.random.Generator,
                   args: Args) -> dict[str, Tensor]:
-    """The policy, as it is now, answers the states of N turns: a batch with one turn per row."""
+    """The policy, as it is now, answers N states: a batch of rows of a single turn, number 0."""
     answers = [Turn("", "", prompt_ids=row.tokens[: row.starts[k]]) for row, k in drawn]
     starts = torch.tensor([len(turn.prompt_ids) for turn in answers])
     uniforms = torch.tensor(rng.random((len(drawn) * world_size(), args.max_turn_tokens)))
@@ -296,12 +296,12 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
 
     batch: the drawn turns in their episodes; fresh: the policy's answers now, to the same states
     """
-    # an episode of n turns is drawn n times as often as one of 1 turn, so its turns count 1 / n
+    # an episode of n turns is drawn n times as often as one of a single turn: weight 1 / n
     share = batch["played"] / batch["played"].sum(1, keepdim=True)  # (B, K)
     batch["q_weights"] = share / args.critic_batch_turns
     if args.value_target == "fresh":
         _, v = turn_values(target, batch, args)  # (B, K, J), V of every state s
-        next_v = v.roll(-1, 1)  # V of the state s' of the next turn; not used where done
+        next_v = v.roll(-1, 1)  # V(s'); the last column is wrong, but done there or of weight 0
         batch["q_target"] = q_targets(batch["rewards"], batch["done"], next_v, args.discount)
         batch["v_target"], _ = turn_values(target, fresh, args)  # (B, 1, J), Eq. 2
         batch["v_weights"] = batch["drawn"] / args.critic_batch_turns
@@ -357,9 +357,9 @@ def main(args: Args) -> dict[str, float]:
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
                                              weight_decay=0)
-        buffer: list[dict] = []  # trajectories of all past policies, the oldest first
+        buffer: list[dict] = []  # the oldest first; as dicts, which a checkpoint can hold
         warm_up = args.actor_warm_up
-        if warm_up is None:  # what the critic needs to know the start of an episode
+        if warm_up is None:  # what is learned at the last turn moves back one turn a target step
             warm_up = math.ceil(2 * args.max_turns / (args.target_rate * args.critic_steps))
 
         for iteration in run.iterations(

@@ -1,32 +1,34 @@
 """ST-PPO: PPO with one ratio per turn, and a gradient divided by the norm of what clipping removed.
 
 Paper: "ST-PPO: Stabilized Off-Policy Proximal Policy Optimization for Multi-Turn Agents Training",
-arXiv 2511.20718v1. A reconstruction from its abstract, reviews that quote equations 7 and 8, and
-summaries (equation 4, lemma 4.2): the body and the code were not available. [n]: its numbers.
+arXiv 2511.20718v1. Its body and code were not available: this is a reconstruction from its
+abstract, reviews and summaries. [n] is equation n of the paper, as these quote it.
 
     Eq. 1  w_t = exp(l_t)                                                        (ppo, s_ppo)
     Eq. 2  w_t = exp(mean of l over the tokens of t's turn)            [4]       (turn_ppo, st_ppo)
     Eq. 3  J = mean_t min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)
     Eq. 4  token t binds if A_t > 0 and w_t > 1 + clip_high, or A_t < 0 and w_t < 1 - clip_low
     Eq. 5  C = grad mean_t (w_t A_t if token t binds, else 0)          the clip bias
-    Eq. 6  grad J = grad mean_t (w_t A_t) - C          since the term of a token that binds is flat
-    Eq. 7  step along s grad J, s = 1 / max(1, |C|); paper: 1 / |C|    [7 to 9]  (s_ppo, st_ppo)
-    Eq. 8  A_t = R_t + discount V_next - V_t + discount gae_lambda A_next, then whitened
+    Eq. 6  grad J = grad mean_t (w_t A_t) - C     the clipped term of a token that binds is flat
+    Eq. 7  AdamW gets s grad J, shortened to max_grad_norm; s = 1 in ppo and turn_ppo, else
+           s = 1 / max(1, |C|); paper: 1 / |C|                         [7 to 9]  (s_ppo, st_ppo)
+    Eq. 8  A_t = R_t + discount V_next - V_t + discount gae_lambda A_next, whitened once per batch
     Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
 
-    l  log_ratio (B, T), log pi(token) - log pi_old(token)     V  values (B, T)     s  scale
-    R_t  the reward of a turn on its last token, else 0        V_target  A + V, before whitening
-    next  the next sampled token: observations are skipped     C  clip_bias         |C|  its norm
+    t  a sampled token; next: the next one of the episode, in the same turn or a later one, else 0
+    l  log_ratio (B, T), log pi - log pi_old     pi_old  the policy that sampled, however long ago
+    R  a turn's reward on its last token, else 0     V  value of all tokens before t (B, T)
+    V_old  V before the first pass, also the V of Eq. 8     V_target  A + V_old, A not whitened
 
-Changed from igpo.py
-    - a critic; one ratio per turn; a scaled gradient; batches may be used many times, and late
+Changed from igpo.py (a row is still a whole episode: B = E)
+    - a critic; advantages per token; one ratio per turn; scaled gradients; many passes, old batches
 
 Deviations and choices
-    D1  Eq. 7: --scale triggered is the paper's. The default is not: it never lengthens a step.
-        relative: s = |g| / (|g| + |C|), g = grad J + C. In all of them s = 1 if no token binds.
-    D2  Adam largely undoes a constant s: --scale step puts the default's s on the learning rate.
+    D1  The paper's s is --scale triggered. The default's s is at most 1, seldom below 1 with the
+        default flags. relative: s = |g| / (|g| + |C|), g = grad J + C. No token binds: s = 1.
+    D2  Adam and the shortening may undo s. --scale step puts the default's s on the learning rate.
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
-    D4  mean_t in Eq. 3 is over the tokens of an episode, then over episodes (PPO: over all tokens).
+    D4  mean_t is over the tokens of an episode, then over episodes. In Eq. 9 it is over all tokens.
 
     python algos/st_ppo.py        about 1.5 minutes on 2 CPU cores
 """
@@ -69,8 +71,8 @@ class Args(RunArgs):
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
-    variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # see the table above
-    # s in Eq. 7: triggered is the paper's, the default is not (D1); step: on the learning rate (D2)
+    variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # in brackets: Eq. 1, 2, 7
+    # s of s_ppo and st_ppo, Eq. 7: triggered is the paper's (D1); step: on the learning rate (D2)
     scale: Literal["at_most_one", "triggered", "relative", "step"] = "at_most_one"
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 3
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 3
@@ -79,7 +81,7 @@ class Args(RunArgs):
     critic_learning_rate: float = 1e-3  # of the critic's AdamW
     num_epochs: int = 1  # passes over a batch, each in new random minibatches
     num_minibatches: int = 2  # optimizer steps per pass
-    target_kl: float | None = None  # no further pass over a batch above this approx_kl; default off
+    target_kl: float | None = None  # no further pass if the last minibatch had a larger approx_kl
     staleness: int = 0  # train on the batch of so many iterations ago
     may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"staleness"}
 
@@ -137,7 +139,7 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
 # === 4. Loss =====================================================================================
 def turn_log_ratio(log_ratio: Tensor, turn_id: Tensor) -> Tensor:
-    """The mean log-ratio of the turn that a token belongs to. Eq. 2
+    """The mean log-ratio of a token's turn; its advantage stays the token's own. Eq. 2
 
     log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1
 
@@ -176,11 +178,9 @@ def gradient_scale(bias_norm: float, full_norm: float, scale: str) -> float:
     """
     if bias_norm == 0:
         return 1.0
-    if scale == "triggered":
-        return 1 / bias_norm
-    if scale == "relative":
-        return full_norm / (full_norm + bias_norm)
-    return 1 / max(1.0, bias_norm)
+    at_most_one = 1 / max(1.0, bias_norm)
+    return {"triggered": 1 / bias_norm, "relative": full_norm / (full_norm + bias_norm),
+            "at_most_one": at_most_one, "step": at_most_one}[scale]
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
 
 # === 5. The critic ===============================================================================
 class Critic(torch.nn.Module):
-    """A copy of the policy's network that ends in one number instead of token scores."""
+    """A trained copy of the policy's network that ends in one number, which is 0 at first."""
 
     def __init__(self, policy: Policy):
         super().__init__()
@@ -209,7 +209,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The value of every sampled token's past, (B, T), 0 elsewhere; the head is not in bf16."""
+        """Entry t: the value of tokens[< t], (B, T), 0 where t was not sampled; fp32 head."""
         with self.policy.autocast():
             hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state  # (B, T, D)
         values = torch.nn.functional.pad(self.head(hidden[:, :-1].float())[:, :, 0], (1, 0))
@@ -221,7 +221,7 @@ def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor
     """The critic's values of a batch of any size, without gradient: (B, T)."""
     values = torch.zeros_like(batch["old_logprobs"])
     numbered = batch | {"row": torch.arange(len(values), device=values.device)}
-    for part in micro_batches(numbered, args.micro_batch_tokens):
+    for part in micro_batches(numbered, args.micro_batch_tokens):  # in another order of rows
         values[part["row"], : part["tokens"].shape[1]] = critic(part)
     return values
 
@@ -232,9 +232,9 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
            args: Args) -> dict[str, float]:
     """One optimizer step of the policy, Eq. 7, and one of the critic, on one minibatch."""
     mask, of_turns = batch["turn_id"] >= 0, args.variant in ("turn_ppo", "st_ppo")
-    batch["token_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)  # mean over tokens
+    batch["token_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)  # mean over all: Eq. 9
     batch["weights"] = mask / mask.sum(1, keepdim=True).clamp(min=1)  # mean over tokens of a row,
-    batch["weights"] /= all_reduce_sum(mask.any(1).sum()).clamp(min=1)  # then over rows: D4
+    batch["weights"] /= all_reduce_sum(mask.any(1).sum()).clamp(min=1)  # then over rows: Eq. 3, 5
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     gradient, clip_bias = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
     sums = dict.fromkeys(("loss", "value_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
@@ -249,7 +249,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
             clip_bias += torch.cat([x.flatten() for x in parts])
         parts = torch.autograd.grad(objective, parameters)  # grad J, Eq. 3
         gradient += torch.cat([x.flatten() for x in parts])
-        error = value_loss(critic(rows), rows["values"], rows["returns"], rows["token_weights"])
+        error = value_loss(critic(rows), rows["old_values"], rows["returns"], rows["token_weights"])
         error.backward()
         means = {"entropy": entropy, "clip_fraction": binding,
                  "approx_kl": log_ratio.exp() - 1 - log_ratio}  # KL(old || new), k3 from old
@@ -263,7 +263,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
     optimizer.param_groups[0]["lr"] = args.learning_rate * (scale if on_step else 1)
     gradient *= -1 if on_step else -scale  # minus: the optimizer minimizes
     for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p)
+        p.grad = part.view_as(p)  # the sum over all processes already: processes=1 below
     optimizer_step(critic, critic_optimizer, args.max_grad_norm)
     norm = optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
     return over_processes(sums) | {
@@ -278,7 +278,7 @@ def main(args: Args) -> dict[str, float]:
     if args.staleness and world_size() > 1:
         stop("--staleness needs a single process: a checkpoint holds one queue of batches")
     with Run(args, "st_ppo") as run:
-        envs, policy = make_envs(args), load_policy(args)
+        envs, policy = make_envs(args), load_policy(args)  # with its history, an episode is one row
         critic, queue = Critic(policy), []  # batches not yet trained on, the oldest first
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
@@ -300,13 +300,13 @@ def main(args: Args) -> dict[str, float]:
             batch = {name: x.to(policy.device) for name, x in queue.pop(0).items()}
             mask = batch["turn_id"] >= 0
 
-            # 3. advantages (B, T)
-            batch["values"] = batch_values(critic, batch, args)
+            # 3. V_old and A (B, T): once per batch, with the critic of now
+            batch["old_values"] = batch_values(critic, batch, args)
             advantages, batch["returns"] = gae_advantages(
-                batch["rewards"], batch["values"], mask, args.discount, args.gae_lambda)
+                batch["rewards"], batch["old_values"], mask, args.discount, args.gae_lambda)
             batch["advantages"] = whiten(advantages, mask)
 
-            # 4. update; an episode is never split
+            # 4. update; every pass deals the episodes out to minibatches anew
             updates = []
             for epoch in range(args.num_epochs):
                 order = random_stream(args.seed, DRAW, iteration, epoch).permutation(

@@ -208,7 +208,7 @@ def batch_of(policy, shapes, noise=0.4, scale=1.0):
                                       forced=set() if sampled else {0}))
     batch = collate(episodes, policy.device)
     mask, shape = batch["turn_id"] >= 0, batch["tokens"].shape
-    for name in ("noise", "advantages", "values", "returns"):
+    for name in ("noise", "advantages", "old_values", "returns"):
         batch[name] = torch.where(mask, torch.randn(shape, generator=generator), 0.0)
     with torch.no_grad():
         batch["old_logprobs"] = utils.token_logprobs(policy, batch, 1.0)[0] + noise * batch.pop("noise")
@@ -293,7 +293,7 @@ def test_an_update_and_its_metrics_are_what_loops_over_episodes_turns_and_tokens
     assert got.rate == pytest.approx(rate * args.learning_rate, rel=1e-3)
 
     mask = batch["turn_id"] >= 0
-    error = value_loss(critic(batch), batch["values"], batch["returns"], mask / mask.sum())
+    error = value_loss(critic(batch), batch["old_values"], batch["returns"], mask / mask.sum())
     expected = torch.cat([x.flatten() for x in torch.autograd.grad(error, list(critic.parameters()))])
     assert torch.allclose(got.critic, expected, rtol=1e-3, atol=1e-5)
     ell = log_ratio[mask]  # of the sampled tokens
@@ -316,7 +316,7 @@ def test_the_layout_of_a_batch_does_not_matter(variant, policy):
     wide = {name: torch.nn.functional.pad(x, (0, 6), value=fill.get(name, 5.0)) for name, x in batch.items()
             if x.dim() > 1}
     alike(base, step(policy, critic, wide | {"lengths": batch["lengths"] + 6}, variant=variant))
-    names, sampled = ("old_logprobs", "advantages", "values", "returns"), batch["turn_id"] >= 0
+    names, sampled = ("old_logprobs", "advantages", "old_values", "returns"), batch["turn_id"] >= 0
     changed = {name: torch.where(sampled, batch[name], 9.0) for name in names}
     alike(base, step(policy, critic, batch | changed, variant=variant))
 
@@ -331,7 +331,7 @@ def test_two_processes_with_the_same_rows_take_the_step_of_one_with_every_row_tw
 
 
 def test_a_step_without_rows_has_no_gradient(policy):
-    empty = collate([], policy.device) | {k: torch.zeros(0, 1) for k in ("advantages", "values", "returns")}
+    empty = collate([], policy.device) | {k: torch.zeros(0, 1) for k in ("advantages", "old_values", "returns")}
     got = step(policy, Awake(policy), empty)
     assert not got.gradient.any() and not got.critic.any() and all(math.isfinite(x) for x in got.metrics.values())
 
@@ -399,7 +399,7 @@ def spy(monkeypatch):
     def updating(policy, critic, optimizer, critic_optimizer, batch, args):
         now = seen[-1]
         if not now.updates:
-            assert torch.allclose(critic(batch), batch["values"], atol=1e-5), "of the critic of now"
+            assert torch.allclose(critic(batch), batch["old_values"], atol=1e-5), "of the critic of now"
         assert critic_optimizer.param_groups[0]["lr"] == args.critic_learning_rate
         now.updates.append(dict(batch))
         now.reports.append(update(policy, critic, optimizer, critic_optimizer, batch, args))
@@ -450,7 +450,7 @@ def test_what_a_run_trains_on_against_a_loop(flags, tmp_path, spy):
         rows = [{name: x[i] for name, x in part.items()} | {"sampled": part["turn_id"][i] >= 0}
                 for part in now.updates[:args.num_minibatches] for i in range(len(part["tokens"]))]
         values, returns, white, old = ([x[name][x["sampled"]].tolist() for x in rows]
-                                       for name in ("values", "returns", "advantages", "old_logprobs"))
+                                       for name in ("old_values", "returns", "advantages", "old_logprobs"))
         mine = [episodes[x["episode_id"]] for x in rows]
         raw = [slow_advantages(episode, v, args) for episode, v in zip(mine, values, strict=True)]
         everything, goal = np.concatenate(raw), np.concatenate(raw) + np.concatenate(values)
