@@ -541,6 +541,13 @@ def turns_table() -> str:
     return "\n".join(lines)
 
 
+def busy_table() -> str:
+    """results/busy.csv, made by tests/benchmarks/busy.py: a run beside another busy program."""
+    rows = read(ROOT / "results/busy.csv")
+    return "\n".join(["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+                      *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
@@ -558,6 +565,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
+    replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     credit.draw(ROOT / "docs/figures/credit.png")
     collect(runs, "cross")
     replace_block(ROOT / "README.md", "first run", first_run())

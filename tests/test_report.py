@@ -30,6 +30,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/results.md", "results") == report.results_table()
     assert block("docs/results.md", "cross") == report.cross_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
+    assert block("docs/gpu.md", "busy") == report.busy_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
     assert block("docs/seeupo.md", "turns") == report.turns_table()
     for name, arms in report.LADDERS.items():
