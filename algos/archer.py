@@ -6,7 +6,7 @@ and from the authors' code, YifeiZhou02/ArCHer at 7c771a7 [code].
 
     Eq. 1  y_j = r + (1 - done) discount Vbar_j(s')                                       [code]
     Eq. 2  u_j = Qbar_j(s, a~)                  a~ a fresh answer of the current policy   [code]
-    Eq. 3  critic loss = mean sum_j (Q_j(s, a) - y_j)^2 + mean sum_j (V_j(s) - u_j)^2     [code]
+    Eq. 3  loss = sum w_Q sum_j (Q_j(s, a) - y_j)^2 + sum w_V sum_j (V_j(s) - u_j)^2      [code]
     Eq. 4  after every critic step: target <- (1 - tau) target + tau critic               [code]
     Eq. 5  A = min_j Q_j(s, a~) - min_j V_j(s), minus its mean over the step (D6)         [code]
     Eq. 6  objective = mean over drawn turns of A sum_t log pi(a~_t | s, a~_<t)           [code]
@@ -16,9 +16,9 @@ and from the authors' code, YifeiZhou02/ArCHer at 7c771a7 [code].
     bar  of the target critic, a slow copy; without it: the critic itself    tau  target_rate
 
 What is learned where. A step draws B turns from a buffer of all past episodes, with replacement.
-    Q       at all n turns of a drawn turn's episode, each with weight 1 / (n B), towards y. It does
+    Q       at all n turns of a drawn turn's episode, each with w_Q = 1 / (n B), towards y. It does
             not matter who gave the answer: its reward and the state after it are known.
-    V       at the drawn turn only, with weight 1 / B, towards u. V is the value of the current
+    V       at the drawn turn only, with w_V = 1 / B, towards u. V is the value of the current
             policy, about which the old answer says nothing: the policy answers the state again.
     policy  on fresh answers to newly drawn states. The tokens of an answer share its A.
 
@@ -132,7 +132,7 @@ def q_targets(rewards: Tensor, done: Tensor, next_values: Tensor, discount: floa
 
 @torch.no_grad()
 def answer_advantages(q: Tensor, v: Tensor) -> Tensor:
-    """How much better an answer is than the policy's average one, by the lower heads. Eq. 5
+    """How much better an answer is than the average one, before update() centres it. Eq. 5
 
     q, v (.., J) -> (..)
 
@@ -205,7 +205,7 @@ class TurnCritic(torch.nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.trunk(batch["tokens"], use_cache=False).last_hidden_state.float()
         row = torch.arange(len(hidden), device=self.device)[:, None]
-        state = hidden[row, batch["starts"] - 1]  # (B, K, D), at a state's last token
+        state = hidden[row, batch["starts"] - 1]  # (B, K, D), a state's last token; padding: any
         turn = torch.arange(state.shape[1], device=self.device)[:, None]
         inside = (batch["turn_id"][:, None] == turn).float()  # (B, K, T)
         answer = inside @ hidden / inside.sum(2, keepdim=True).clamp(min=1)  # (B, K, D), mean
@@ -215,7 +215,7 @@ class TurnCritic(torch.nn.Module):
 
 @torch.no_grad()
 def turn_values(critic: TurnCritic, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor]:
-    """Q(s, a) and V(s) of any number of rows, without gradient: two (B, K, J)."""
+    """Q(s, a) and V(s) of all rows, two (B, K, J), no gradient; a part may lack padded columns."""
     values = torch.zeros(2, *batch["starts"].shape, args.num_critics, device=critic.device)
     numbered = batch | {"row": torch.arange(len(batch["starts"]), device=critic.device)}
     for part in micro_batches(numbered, args.micro_batch_tokens):
@@ -259,7 +259,7 @@ def draw_turns(turns: list[tuple], count: int, rng: np.random.Generator) -> list
 
 
 def collate_turns(drawn: list[tuple[Trajectory, int]], device: torch.device) -> dict[str, Tensor]:
-    """A row per drawn turn, its whole episode: tokens and turn_id (B, T), the others (B, K)."""
+    """A row per draw, its whole episode: (B, T) and (B, K), K the most states of an episode."""
     batch = {name: pad_sequence([torch.tensor(getattr(row, name)) for row, _ in drawn],
                                 batch_first=True, padding_value=padding)
              for name, padding in (("tokens", 0), ("turn_id", -1), ("starts", 1), ("rewards", 0),
@@ -273,7 +273,7 @@ def collate_turns(drawn: list[tuple[Trajectory, int]], device: torch.device) -> 
 
 def fresh_answers(policy: Policy, drawn: list[tuple[Trajectory, int]], rng: np.random.Generator,
                   args: Args) -> dict[str, Tensor]:
-    """The policy, as it is now, answers N states: a batch of rows of a single turn, number 0."""
+    """The policy, as it is now, answers N states (utils 3): rows of state and answer, turn_id 0."""
     answers = [Turn("", "", prompt_ids=row.tokens[: row.starts[k]]) for row, k in drawn]
     starts = torch.tensor([len(turn.prompt_ids) for turn in answers])
     uniforms = torch.tensor(rng.random((len(drawn) * world_size(), args.max_turn_tokens)))
@@ -301,10 +301,10 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
     batch["q_weights"] = share / args.critic_batch_turns
     if args.value_target == "fresh":
         _, v = turn_values(target, batch, args)  # (B, K, J), V of every state s
-        next_v = v.roll(-1, 1)  # V(s'); the last column is wrong, but done there or of weight 0
+        next_v = v.roll(-1, 1)  # V(s'); a turn without an s' in its row is done or has weight 0
         batch["q_target"] = q_targets(batch["rewards"], batch["done"], next_v, args.discount)
         batch["v_target"], _ = turn_values(target, fresh, args)  # (B, 1, J), Eq. 2
-        batch["v_weights"] = batch["drawn"] / args.critic_batch_turns
+        batch["v_weights"] = batch["drawn"] / args.critic_batch_turns  # u counts at the drawn turn only
     else:
         returns = turn_returns(batch["rewards"], batch["played"], args.discount)[:, :, None]
         batch |= {"q_target": returns, "v_target": returns, "v_weights": batch["q_weights"]}
@@ -324,7 +324,7 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
            args: Args) -> dict[str, float]:
-    """One optimizer step of the policy on N fresh answers and their batch["advantages"] (N,)."""
+    """One optimizer step on N fresh answers and their batch["advantages"] (N,), centred here."""
     count, tokens = args.actor_batch_turns, all_reduce_sum((batch["turn_id"] >= 0).sum())
     mean = all_reduce_sum(batch["advantages"].sum()) / count
     if args.centre_advantages:
@@ -359,7 +359,7 @@ def main(args: Args) -> dict[str, float]:
                                              weight_decay=0)
         buffer: list[dict] = []  # the oldest first; as dicts, which a checkpoint can hold
         warm_up = args.actor_warm_up
-        if warm_up is None:  # what is learned at the last turn moves back one turn a target step
+        if warm_up is None:  # 2 K / tau target steps: so long until V of turn 0 knows of the end
             warm_up = math.ceil(2 * args.max_turns / (args.target_rate * args.critic_steps))
 
         for iteration in run.iterations(

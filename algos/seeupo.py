@@ -155,7 +155,7 @@ def multiply_weights(running: Tensor, log_ratio: Tensor, episode_id: Tensor,
 
 # === 4. Loss =====================================================================================
 def turn_log_ratio(log_ratio: Tensor, turn_id: Tensor) -> Tensor:
-    """The mean log-ratio of a token's turn; its advantage stays the token's own. Eq. 3
+    """The mean log-ratio of a token's turn; its gradient reaches all tokens of the turn. Eq. 3
 
     log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1
 

@@ -9,7 +9,7 @@ abstract, reviews and summaries. [n] is equation n of the paper, as these quote 
     Eq. 3  J = mean_t min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)
     Eq. 4  token t binds if A_t > 0 and w_t > 1 + clip_high, or A_t < 0 and w_t < 1 - clip_low
     Eq. 5  C = grad mean_t (w_t A_t if token t binds, else 0)          the clip bias
-    Eq. 6  grad J = grad mean_t (w_t A_t) - C     the clipped term of a token that binds is flat
+    Eq. 6  grad J = grad mean_t (w_t A_t) - C     a binding token's own term is flat, not its turn's
     Eq. 7  AdamW gets s grad J, shortened to max_grad_norm; s = 1 in ppo and turn_ppo, else
            s = 1 / max(1, |C|); paper: 1 / |C|                         [7 to 9]  (s_ppo, st_ppo)
     Eq. 8  A_t = R_t + discount V_next - V_t + discount gae_lambda A_next, whitened once per batch
@@ -18,17 +18,17 @@ abstract, reviews and summaries. [n] is equation n of the paper, as these quote 
     t  a sampled token; next: the next one of the episode, in the same turn or a later one, else 0
     l  log_ratio (B, T), log pi - log pi_old     pi_old  the policy that sampled, however long ago
     R  a turn's reward on its last token, else 0     V  value of all tokens before t (B, T)
-    V_old  V before the first pass, also the V of Eq. 8     V_target  A + V_old, A not whitened
+    V_old  V before the first pass, also in Eq. 8    V_target  A + V_old (returns), A not whitened
 
 Changed from igpo.py (a row is still a whole episode: B = E)
     - a critic; advantages per token; one ratio per turn; scaled gradients; many passes, old batches
 
 Deviations and choices
-    D1  The paper's s is --scale triggered. The default's s is at most 1, seldom below 1 with the
-        default flags. relative: s = |g| / (|g| + |C|), g = grad J + C. No token binds: s = 1.
+    D1  --scale at_most_one is Eq. 7, triggered the paper's 1 / |C|. relative: |g| / (|g| + |C|),
+        g = grad J + C. Where no token binds, s = 1: nearly always with the default flags.
     D2  Adam and the shortening may undo s. --scale step puts the default's s on the learning rate.
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
-    D4  mean_t is over the tokens of an episode, then over episodes. In Eq. 9 it is over all tokens.
+    D4  mean_t, in a minibatch: over the tokens of an episode, then over episodes; Eq. 9: over all.
 
     python algos/st_ppo.py        about 1.5 minutes on 2 CPU cores
 """
@@ -139,7 +139,7 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
 # === 4. Loss =====================================================================================
 def turn_log_ratio(log_ratio: Tensor, turn_id: Tensor) -> Tensor:
-    """The mean log-ratio of a token's turn; its advantage stays the token's own. Eq. 2
+    """The mean log-ratio of a token's turn; its gradient reaches all tokens of the turn. Eq. 2
 
     log_ratio, turn_id (B, T) -> (B, T), 0 where turn_id is -1
 
@@ -156,7 +156,7 @@ def surrogate_and_clip_bias(log_ratio: Tensor, advantages: Tensor, weights: Tens
                             clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
     """J, a scalar whose gradient is the clip bias C, and which tokens bind. Eq. 3, 4, 5
 
-    log_ratio (of tokens or turns), advantages, weights (B, T) -> (), (), (B, T) bool
+    log_ratio (of turns in turn_ppo, st_ppo), advantages, weights (B, T) -> (), (), (B, T) bool
 
     >>> log_ratio, advantages = torch.tensor([[1.5, 1.5]]).log(), torch.tensor([[1.0, -1.0]])
     >>> surrogate_and_clip_bias(log_ratio, advantages, torch.ones(1, 2), 0.2, 0.2)  # 1.2 - 1.5, 1.5
@@ -199,7 +199,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
 
 # === 5. The critic ===============================================================================
 class Critic(torch.nn.Module):
-    """A trained copy of the policy's network that ends in one number, which is 0 at first."""
+    """A copy of the policy's network, with weights of its own, that ends in one number, first 0."""
 
     def __init__(self, policy: Policy):
         super().__init__()
@@ -230,7 +230,7 @@ def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor
 def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
            critic_optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
            args: Args) -> dict[str, float]:
-    """One optimizer step of the policy, Eq. 7, and one of the critic, on one minibatch."""
+    """One optimizer step of the policy, Eq. 7, and one of the critic, also to max_grad_norm."""
     mask, of_turns = batch["turn_id"] >= 0, args.variant in ("turn_ppo", "st_ppo")
     batch["token_weights"] = mask / all_reduce_sum(mask.sum()).clamp(min=1)  # mean over all: Eq. 9
     batch["weights"] = mask / mask.sum(1, keepdim=True).clamp(min=1)  # mean over tokens of a row,
@@ -251,7 +251,7 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         gradient += torch.cat([x.flatten() for x in parts])
         error = value_loss(critic(rows), rows["old_values"], rows["returns"], rows["token_weights"])
         error.backward()
-        means = {"entropy": entropy, "clip_fraction": binding,
+        means = {"entropy": entropy, "clip_fraction": binding,  # over all tokens, as in Eq. 9
                  "approx_kl": log_ratio.exp() - 1 - log_ratio}  # KL(old || new), k3 from old
         means = {name: (rows["token_weights"] * x).sum() for name, x in means.items()}
         means |= {"loss": -objective, "value_loss": error}
@@ -289,7 +289,7 @@ def main(args: Args) -> dict[str, float]:
             # 1. collect num_prompts groups of group_size episodes
             episodes = collect_groups(policy, envs, args, iteration)
 
-            # 2. score: the environment's rewards; a batch waits --staleness iterations
+            # 2. score; a batch waits --staleness iterations (no turn played: no row, so episode_id)
             rewards, _ = turn_table(episodes, lambda turn: turn.reward, policy.device)  # (E, K)
             batch = collate(episodes, policy.device)
             batch["rewards"] = place_turn_rewards(rewards[batch["episode_id"]], batch["turn_id"])
@@ -306,7 +306,7 @@ def main(args: Args) -> dict[str, float]:
                 batch["rewards"], batch["old_values"], mask, args.discount, args.gae_lambda)
             batch["advantages"] = whiten(advantages, mask)
 
-            # 4. update; every pass deals the episodes out to minibatches anew
+            # 4. update; in every pass a new permutation deals the episodes out to minibatches
             updates = []
             for epoch in range(args.num_epochs):
                 order = random_stream(args.seed, DRAW, iteration, epoch).permutation(
