@@ -304,7 +304,7 @@ def critic_update(critic: TurnCritic, target: TurnCritic, optimizer: torch.optim
         next_v = v.roll(-1, 1)  # V(s'); a turn without an s' in its row is done or has weight 0
         batch["q_target"] = q_targets(batch["rewards"], batch["done"], next_v, args.discount)
         batch["v_target"], _ = turn_values(target, fresh, args)  # (B, 1, J), Eq. 2
-        batch["v_weights"] = batch["drawn"] / args.critic_batch_turns  # u counts at the drawn turn only
+        batch["v_weights"] = batch["drawn"] / args.critic_batch_turns
     else:
         returns = turn_returns(batch["rewards"], batch["played"], args.discount)[:, :, None]
         batch |= {"q_target": returns, "v_target": returns, "v_weights": batch["q_weights"]}
