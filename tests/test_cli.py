@@ -247,23 +247,6 @@ def test_training_curve_can_be_sent_to_tensorboard_or_says_what_is_missing(tmp_p
 
 
 # --- resume, kills and signals -------------------------------------------------------------------
-def test_a_checkpoint_holds_whatever_state_a_script_names_also_plain_lists(tmp_path, tiny_policy):
-    run, buffer = opened(tmp_path, tiny_policy), [[1, [2.5, "x"]], {"a": None}]
-    run.rows = [{"iteration": 3}]
-    run.write({})
-    run.save(tiny_policy, buffer=buffer)
-    resumed, restored = opened(tmp_path, tiny_policy, resume=str(run.folder), num_iterations=4), ["old"]
-    assert list(resumed.iterations(tiny_policy, lambda: ({"success": 1.0, "return": 2.0}, []), buffer=restored)) == [3]
-    assert restored == buffer
-
-
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
-    ms_grpo.main(quick(tmp_path, num_iterations=3, save_every=2))
-    folder = only_run(tmp_path)
-    ms_grpo.main(quick(tmp_path, num_iterations=4, save_every=2, resume=str(folder)))
-    assert [row["iteration"] for row in rows_of(folder)] == ["0", "1", "2", "3", "4"]
-
-
 def test_a_run_ends_with_the_iteration_that_reaches_its_tokens_and_can_go_on(tmp_path):
     whole = ms_grpo.main(quick(tmp_path / "whole", num_iterations=4, **WORDS))
     tokens = [int(row["generated_tokens"]) for row in rows_of(only_run(tmp_path / "whole"))]
@@ -297,9 +280,12 @@ def test_a_kill_during_a_checkpoint_leaves_a_readable_one(folder):
     assert ms_grpo.main(args)["iterations"] == 3
 
 
-def test_a_kill_between_the_two_renames_is_recovered(folder):
+def test_a_kill_between_the_two_renames_is_recovered_and_what_came_after_the_checkpoint_is_forgotten(folder):
     (folder / "checkpoint").rename(folder / "checkpoint.old")
+    with open(folder / "metrics.csv", "a") as file:
+        file.write(",".join(["3", *list(rows_of(folder)[2].values())[1:]]) + "\n")
     ms_grpo.main(again(folder, num_iterations=3))
+    assert [row["iteration"] for row in rows_of(folder)] == ["0", "1", "2", "3"]
     assert (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists()
 
 
@@ -357,9 +343,7 @@ def test_bad_flags_get_one_line(tmp_path, capsys):
             ({"history_turns": -1}, ["--history-turns must be at least 0"]),
             ({"temperature": 0.0}, ["--temperature", "positive"]),
             ({"temperature": float("nan")}, ["--temperature", "nan"]),
-            ({"eval_temperature": -1.0}, ["--eval-temperature"]),
-            ({"learning_rate": float("inf")}, ["--learning-rate", "inf"]),
-            ({"learning_rate": 0.0}, ["--learning-rate"]),
+            ({"eval_temperature": float("inf")}, ["--eval-temperature", "inf"]),
             ({"clip_low": -0.1}, ["--clip-low"])]:
         if needles:
             fails(capsys, *needles, args=quick(tmp_path, **flags))
@@ -393,8 +377,6 @@ def test_a_broken_resume_folder_gets_one_line(tmp_path, capsys, folder):
     fails(capsys, "other settings", "seed 3 (now 2)", args=again(folder, seed=2))
     state = folder / "checkpoint/trainer_state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    fails(capsys, "checkpoint cannot be read", args=again(folder))
-    state.unlink()
     fails(capsys, "checkpoint cannot be read", args=again(folder))
     (folder / "args.json").write_text("{")
     fails(capsys, "args.json", args=again(folder))
@@ -445,12 +427,6 @@ def test_a_tiny_checkpoint_given_as_model_gets_the_prompts_it_knows(tmp_path):
     policy.save(tmp_path / "tiny")
     again = policies.load_policy(dataclasses.replace(args, model=str(tmp_path / "tiny")))
     assert (again.head, again.tail) == (policy.head, policy.tail)
-
-
-def test_a_fault_outside_the_environment_is_not_swallowed(tmp_path):
-    run = run_folder.Run(quick(tmp_path), "ms_grpo")
-    with pytest.raises(ZeroDivisionError), run:
-        raise ZeroDivisionError
 
 
 # --- several processes ---------------------------------------------------------------------------

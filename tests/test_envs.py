@@ -1,7 +1,6 @@
 """Rules, seeds and splits of the environments."""
 
 import copy
-import string
 import warnings
 
 import gymnasium as gym
@@ -22,7 +21,6 @@ from envs.tool_desk import ToolDesk
 from envs.toy_text import ToyText
 from envs.twenty_questions import GuessMyCity, TwentyQuestions
 
-OURS = [FrozenLake, Snake, SearchQA, RetryMath, ThinkSearch, ToolDesk, ToyText, TwentyQuestions, GuessMyCity]
 GUESSING = (TwentyQuestions, GuessMyCity)  # games of a rule that ends them, with one first text
 VARIANTS = [
     lambda: FrozenLake(), lambda: FrozenLake(size=6, max_turns=15, slippery=True),
@@ -90,8 +88,6 @@ def test_any_text_is_an_action_and_costs_the_penalty(make):
     for text in texts:
         observation, reward, terminated, truncated, info = env.step(text)
         assert info["invalid_action"]
-        assert any(word in observation for word in ("Unknown action", "unknown", "No answer found", "Invalid")) or (
-            type(env) is ThinkSearch and truncated)
         assert observation in env.observation_space
         if terminated or truncated:
             env.reset(seed=1)
@@ -105,7 +101,7 @@ def test_any_text_is_an_action_and_costs_the_penalty(make):
 
 @pytest.mark.parametrize("make", VARIANTS)
 def test_a_seed_determines_the_episode_and_no_step_is_taken_before_the_reset_or_after_the_end(make):
-    first, second = make(), make()
+    first, second, starts = make(), make(), set()
     with pytest.raises(gym.error.ResetNeeded):
         first.step("left")
     for seed in range(10):
@@ -114,14 +110,8 @@ def test_a_seed_determines_the_episode_and_no_step_is_taken_before_the_reset_or_
             first.step("left")
         assert one == play(second, seed, np.random.default_rng(seed))
         assert one == play(first, seed, np.random.default_rng(seed)), "a second reset repeats it"
-
-
-@pytest.mark.parametrize("make", [v for v in VARIANTS if type(v()) is not ToyText])
-def test_another_seed_gives_another_instance(make):
-    env = make()
-    starts = {(first, info["answer"] if type(env) in GUESSING else "")
-              for first, info in (env.reset(seed=seed) for seed in range(20))}
-    assert len(starts) > (6 if type(env) in GUESSING else 10)
+        starts.add(one[0][0])
+    assert len(starts) > 5 or type(first) in (ToyText, *GUESSING), "another seed gives another instance"
 
 
 @pytest.mark.parametrize("make", VARIANTS)
@@ -171,16 +161,8 @@ def test_evaluation_switches_training_penalties_off(env_id):
     assert any(getattr(training, name) for name in names) or type(training) in (SearchQA, ThinkSearch, ToolDesk, *GUESSING)
 
 
-@pytest.mark.parametrize("cls", OURS)
-def test_every_environment_documents_itself(cls):
-    doc = __import__(cls.__module__, fromlist=["x"]).__doc__
-    assert all(f"{heading}:" in doc for heading in ("Description", "Action", "Observation", "Episode end", "Instances"))
-    assert cls().instructions and set(cls().instructions) <= set(string.printable)
-
-
 @pytest.mark.parametrize("make,best", [
-    (lambda: FrozenLake(), 6), (lambda: ToyText("CliffWalking-v1"), 13), (lambda: ToyText("Taxi-v4"), None),
-    *[(lambda regime=regime: SearchQA(regime), None) for regime in REGIMES]])
+    (FrozenLake, 6), (lambda: ToyText("CliffWalking-v1"), 13), (lambda: ToyText("Taxi-v4"), None)])
 def test_the_scripted_player_without_noise_always_succeeds(make, best):
     env, rng = make(), np.random.default_rng(0)
     for seed in range(30):
@@ -200,10 +182,9 @@ def test_the_example_of_the_page_is_an_environment():
 
 def test_parse_action_accepts_exactly_a_legal_word():
     words = ("left", "up")
-    accepted = {" Left\n": "left", "UP": "up"}
-    rejected = ["", "left up", "go left", "left.", "lef", "<action>left</action>", "down"]
-    assert {text: parse_action(text, words) for text in accepted} == accepted
-    assert all(parse_action(text, words) is None for text in rejected)
+    plain = {" Left\n": "left", "UP": "up"} | dict.fromkeys(
+        ["", "left up", "go left", "left.", "lef", "<action>left</action>", "down"])
+    assert {text: parse_action(text, words) for text in plain} == plain
     tagged = {"<think>up?</think><action> Left </action>": "left", "<action>left": None,
               "left": None, "<action>up</action><action>left</action>": "up",
               "<action>go up</action>": None}
@@ -220,7 +201,7 @@ def lake(rows, **kwargs):
 
 def test_frozen_lake_rules_step_by_step():
     rows = ["SFFF", "FHFH", "FFFH", "HFFG"]
-    env = lake(rows)
+    env = lake(rows, max_turns=6)  # the goal on the last turn is one end
     states, results = [], []
     for word in ["down", "down", "right", "right", "down", "right"]:
         results.append(env.step(word)[1:4])
@@ -236,9 +217,6 @@ def test_frozen_lake_rules_step_by_step():
     env = lake(rows)
     ends = [env.step("left")[2:4] for _ in range(8)]
     assert env.state == 0 and ends == [(False, False)] * 7 + [(False, True)]
-
-    env = lake(rows, max_turns=6)  # the goal on the last turn is one end
-    assert [env.step(word)[1:4] for word in ("down", "down", "right", "right", "down", "right")][-1] == (1.0, True, False)
 
     env = lake(rows)
     observation, reward, _, _, info = env.step("jump")
@@ -282,15 +260,13 @@ def search():
 def test_search_rules_step_by_step():
     env = search()
     assert env.question == "question Ada friend boss"
-    for action, text, kind, known in [
-            ("search Ada boss", "result Dan", "wrong", 0), ("search Eva doctor", "result none", "wrong", 0), ("search Ada friend", "result Ben", "hop", 1),
-            ("search Ben boss", "result Cleo", "hop", 2)]:
+    for action, *expected in [
+            ("search Ada boss", "result Dan", "wrong", 0), ("search Eva doctor", "result none", "wrong", 0),
+            ("search Ada friend", "result Ben", "hop", 1), ("search Ben boss", "result Cleo", "hop", 2)]:
         observation, reward, terminated, truncated, info = env.step(action)
-        assert (observation, reward, info["kind"], info["known"]) == (text, 0.0, kind, known)
-        assert not (terminated or truncated or info["success"])
-    _, reward, terminated, truncated, info = env.step(" answer Cleo\n")
-    assert (reward, terminated, truncated, info["success"]) == (1.0, True, False, True)
-    assert info["answer"] == "Cleo" and info["kind"] == "answer"
+        assert [observation, info["kind"], info["known"]] == expected
+        assert not (reward or terminated or truncated or info["success"])
+    assert info["answer"] == "Cleo" and env.step(" answer Cleo\n")[1:4] == (1.0, True, False)
 
 
 @pytest.mark.parametrize("actions,reward,ends,kinds", [
@@ -310,27 +286,22 @@ def test_search_ends_and_kinds(actions, reward, ends, kinds):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_one_fact_tells_each_answer_and_the_chain_leads_to_it(regime):
-    env = SearchQA(regime)
+def test_one_fact_tells_each_answer_the_chain_leads_to_it_and_false_trails_are_as_frequent_as_stated(regime):
+    env, trails = SearchQA(regime), []
     for seed in range(100):
         question, _ = env.reset(seed=seed)
         people = [name for path in env.paths for name in path]
+        hops = len(people) - len(env.paths)
         assert len(set(people)) == len(people) and env.min_hops <= len(env.routes[0]) <= env.max_hops
         values = list(env.facts.values())
         assert all(values.count(name) == 1 for path in env.paths for name in path[1:])
         assert all(path[0] not in values for path in env.paths)
         assert question == env.question and question.count(" and ") == len(env.paths) - 1
         observations, rewards, end, info = play(env, seed, np.random.default_rng(seed), noise=0.0)
-        assert rewards == [0.0] * (len(people) - len(env.paths)) + [1.0] and info["success"]
+        assert rewards == [0.0] * hops + [1.0] and info["success"]
         assert all(env.names.index(value) >= 0 and key[0] != value for key, value in env.facts.items())
-
-
-def test_false_trails_are_as_frequent_as_stated():
-    env, count = SearchQA("sparse"), 0
-    for seed in range(200):
-        env.reset(seed=seed)
-        count += len(env.facts) - 3
-    assert count / (200 * (24 * 4 - 3)) == pytest.approx(0.25, abs=0.01)
+        trails.append((len(env.facts) - hops) / (24 * 4 - hops))
+    assert np.mean(trails) == pytest.approx(0.25, abs=0.02)
 
 
 @pytest.mark.parametrize("regime,success,turns", [
@@ -345,7 +316,7 @@ def test_the_scripted_searcher_is_as_noisy_as_stated(regime, success, turns):
 
 # --- Snake ---------------------------------------------------------------------------------------
 # own cells (head first), enemy cells, apples, own move, enemy move -> reward, own, enemy alive
-SNAKE_TABLE = [
+@pytest.mark.parametrize("own,enemy,apples,move,enemy_move,reward,after,enemy_alive", [
     ([(2, 2)], [(0, 0)], [(2, 3)], "up", "right", 0.99, [(2, 3), (2, 2)], True),
     ([(0, 2)], [(4, 4)], [], "left", "left", -2.01, None, True),  # wall
     ([(2, 3), (2, 2)], [(0, 0)], [], "down", "right", -2.01, None, True),  # reversal
@@ -356,11 +327,7 @@ SNAKE_TABLE = [
     ([(1, 1)], [(2, 1)], [], "right", "left", -2.01, None, False),  # swap
     ([(1, 1)], [(2, 1)], [], "right", "up", -2.01, None, True),  # cell about to be left
     ([(1, 1)], [(2, 2), (2, 1)], [], "right", "up", -2.01, None, True),
-    ([(1, 1)], [(4, 4)], [], "right", "right", -0.01, [(2, 1)], False),  # the enemy dies
-]
-
-
-@pytest.mark.parametrize("own,enemy,apples,move,enemy_move,reward,after,enemy_alive", SNAKE_TABLE)
+    ([(1, 1)], [(4, 4)], [], "right", "right", -0.01, [(2, 1)], False)])  # the enemy dies
 def test_snake_rules(own, enemy, apples, move, enemy_move, reward, after, enemy_alive):
     env = Snake()
     env.reset(seed=0)
@@ -390,17 +357,13 @@ def test_snake_cells_all_differ_and_eaten_apples_come_back():
 def test_snake_opponent_avoids_walls_and_its_body_and_draws_once_a_step():
     env = Snake()
     env.reset(seed=0)
-    state = env.opponent_rng.bit_generator.state
-    moves = {env.opponent_move([(0, 0)]) for _ in range(50)}
-    assert moves == {"up", "right"}
+    assert {env.opponent_move([(0, 0)]) for _ in range(50)} == {"up", "right"}
     assert {env.opponent_move([(0, 0), (0, 1)]) for _ in range(50)} == {"right"}
     assert {env.opponent_move([(0, 0), (0, 1), (1, 1), (1, 0)]) for _ in range(50)} == {"right"}
-    env.opponent_rng.bit_generator.state = state
+    once = copy.deepcopy(env.opponent_rng)
+    once.random()
     env.opponent_move([(2, 2)])
-    drawn_once = np.random.default_rng(0)
-    drawn_once.bit_generator.state = state
-    drawn_once.random()
-    assert env.opponent_rng.random() == drawn_once.random()
+    assert env.opponent_rng.random() == once.random()
 
 
 def test_snake_texts():
@@ -417,26 +380,17 @@ def test_snake_texts():
 @pytest.mark.parametrize("game,start", [
     ("FrozenLake-v1", "[S]FFF\nFHFH\nFFFH\nHFFG"), ("CliffWalking-v1", "o  o  o"),
     ("Taxi-v4", "Stops: Red (row 0, column 0)"), ("Blackjack-v1", "Your hand: ")])
-def test_toy_text_games_speak_english(game, start):
-    env = make_env(game)
-    assert env.reset(seed=0)[0].startswith(start)
-    assert all(word in env.unwrapped.instructions for word in env.unwrapped.words)
-
-
-def test_toy_text_plays_the_engine_s_own_game():
+def test_toy_text_plays_the_engine_s_own_game_in_english(game, start):
     """The same words, played on gymnasium's environment by index: same rewards, same ends."""
-    for game in ("CliffWalking-v1", "Taxi-v4", "Blackjack-v1", "FrozenLake-v1"):
-        ours, engine = ToyText(game), gym.make(game).unwrapped
-        rng = np.random.default_rng(0)
-        for seed in range(10):
-            ours.reset(seed=seed)
-            engine.reset(seed=seed)
-            ended = False
-            while not ended:
-                word = ours.demonstrate(rng, noise=0.2)
-                _, reward, terminated, truncated, _ = ours.step(word)
-                _, expected, end, _, _ = engine.step(ours.words.index(word))
-                assert (reward, terminated) == (float(expected), end)
-                ended = terminated or truncated
-
-
+    ours, engine, rng = ToyText(game), gym.make(game).unwrapped, np.random.default_rng(0)
+    assert ours.reset(seed=0)[0].startswith(start) and all(word in ours.instructions for word in ours.words)
+    for seed in range(10):
+        ours.reset(seed=seed)
+        engine.reset(seed=seed)
+        ended = False
+        while not ended:
+            word = ours.demonstrate(rng, noise=0.2)
+            _, reward, terminated, truncated, _ = ours.step(word)
+            _, expected, end, _, _ = engine.step(ours.words.index(word))
+            assert (reward, terminated) == (float(expected), end)
+            ended = terminated or truncated

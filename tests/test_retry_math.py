@@ -1,12 +1,9 @@
 """RetryMath: every problem has one answer, feedback says no more than wrong; numbers worked by hand."""
 
-import copy
-import itertools
 import re
 import zlib
 from collections import Counter
 
-import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -38,8 +35,8 @@ def test_an_answer_is_read_from_its_tags(text, number):
 @pytest.mark.parametrize("text", [
     "12", "<answer></answer>", "<answer> </answer>", "<answer>12", "12</answer>", "</answer>12<answer>",
     say(1) + say(2), say(1) + "<answer>", say(1) + "</answer>", "<answer>" + say(1), say("1||2"), say("1 2"),
-    say("3.0"), say("6*7"), say("x = 4"), say(1234567), say("9" * 5000), say("__import__('os')"), say("\u0663"),
-    say("\u00b2"), say("\uff13"), say("\u00a05"), say("--5"), say("+-5"), say("- 5"), say("1_0"), say("0x1"), say("1e3"),
+    say("3.0"), say("6*7"), say(1234567), say("9" * 5000), say("\u0663"), say("\u00b2"), say("\uff13"), say("\u00a05"),
+    say("--5"), say("- 5"), say("1_0"), say("0x1"), say("1e3"),
     "<Answer>5</Answer>", "<answer >5</answer>", ""])
 def test_anything_else_is_malformed(text):
     assert parse_answer(text) is None
@@ -56,8 +53,6 @@ def test_the_right_answer_ends_the_episode():
     assert (observation, reward, terminated, truncated) == ("Correct.", 1.0, True, False)
     assert info == {"success": True, "submitted": "3", "answer": "3", "level": 1, "invalid_action": False,
                     "in_range": True}
-    with pytest.raises(gym.error.ResetNeeded):
-        env.step(say(3))
 
 
 @pytest.mark.parametrize("max_answers", [1, 2, 5])
@@ -69,8 +64,6 @@ def test_the_last_answer_ends_the_episode_also_if_malformed(max_answers):
         observation, got, terminated, truncated, info = env.step(last)
         assert (observation, got, terminated, truncated) == (feedback, reward, True, False)
         assert info["success"] == (reward == 1)
-        with pytest.raises(gym.error.ResetNeeded):
-            env.step(say(3))
 
 
 def test_information_about_the_range_is_about_the_problem():
@@ -94,14 +87,14 @@ def test_feedback_says_whether_the_answer_could_be_read():
     assert [posed(feedback="blank").step(x)[0] for x in ("?", say(3))] == [NO_ANSWER, "Correct."]
     assert [posed(feedback="unary-reward").step(x)[0] for x in ("?", say(3))] == [
         f"Reward: -0.1\n{NO_ANSWER}", "Reward: 1.0\nCorrect."]
-    assert TRY_AGAIN == "Incorrect. Please think again."
-    assert NO_ANSWER == "No answer found. Write <answer>number</answer>."
 
 
 def test_the_first_observation_is_the_problem_whatever_the_number_of_answers():
     for seed in range(30):
         first = {RetryMath(max_answers=n, feedback=f).reset(seed=seed)[0] for n in (1, 5, 10) for f in ("unary", "blank")}
         assert len(first) == 1 and first.pop().startswith("Problem: ")
+    _, info = RetryMath().reset(seed=1)
+    assert info["submitted"] is None and not (info["success"] or info["invalid_action"] or info["in_range"])
 
 
 def test_the_answers_left_are_shown_if_asked_for():
@@ -110,11 +103,6 @@ def test_the_answers_left_are_shown_if_asked_for():
     assert text == RetryMath().reset(seed=1)[0] + "\nAnswers left: 3"
     assert env.step(say(-1))[0] == TRY_AGAIN + "\nAnswers left: 2"
     assert env.step("?")[0] == NO_ANSWER + "\nAnswers left: 1" and env.step(say(-1))[0] == TRY_AGAIN
-
-
-def test_the_first_information_gives_no_answer_as_submitted():
-    _, info = RetryMath().reset(seed=1)
-    assert info["submitted"] is None and not info["success"] and not info["invalid_action"] and not info["in_range"]
 
 
 # --- problems ------------------------------------------------------------------------------------
@@ -145,13 +133,12 @@ class Every:
 
 
 def problems(level):
-    """text -> its probability, right answer and candidates, over both sides of the split."""
-    env = RetryMath(levels=level)
-    env.np_random, found = Every(), {}
-    for (text, answer, candidates), chance in env.np_random.outcomes(lambda: env.draw(level)):
-        assert found.get(text, (0, answer, candidates))[1:] == (answer, candidates)
-        found[text] = (found.get(text, (0,))[0] + chance, answer, candidates)
-    assert sum(chance for chance, _, _ in found.values()) == pytest.approx(1)
+    """text -> [its right answer and candidates, its probability], over both sides of the split."""
+    env, found = RetryMath(levels=level), {}
+    env.np_random = Every()
+    for (text, *solution), chance in env.np_random.outcomes(lambda: env.draw(level)):
+        assert found.setdefault(text, [solution, 0])[0] == solution
+        found[text][1] += chance
     return found
 
 
@@ -160,8 +147,8 @@ def all_problems():
     return {level: problems(level) for level in "12345"}
 
 
-def held_out(found):
-    return {text: x for text, x in found.items() if zlib.crc32(text.encode()) % 5 == 0}
+def held_out(text):
+    return zlib.crc32(text.encode()) % 5 == 0
 
 
 def solutions(text):
@@ -185,9 +172,9 @@ def solutions(text):
 
 def test_every_problem_has_exactly_one_solution(all_problems):
     for level, found in all_problems.items():
-        for text, (_, answer, candidates) in found.items():
+        for text, ((answer, candidates), _) in found.items():
             assert solutions(text) == ([answer], candidates), (level, text)
-    counts = {level: (len(found), len(held_out(found))) for level, found in all_problems.items()}
+    counts = {level: (len(found), sum(map(held_out, found))) for level, found in all_problems.items()}
     assert counts == {"1": (448, 95), "2": (360, 73), "3": (394, 86), "4": (400, 77), "5": (455, 104)}
 
 
@@ -201,7 +188,7 @@ def test_the_sides_of_the_split_share_no_problem_and_levels_are_equally_likely()
             texts[first].add(text)
             problem = text.removeprefix("Problem: ")
             assert solutions(problem)[0] == [int(info["answer"])]
-            assert (zlib.crc32(problem.encode()) % 5 == 0) == (first > 0)
+            assert held_out(problem) == (first > 0)
         assert all(abs(levels[level] / 5000 - 0.2) < 0.03 for level in range(1, 6))
     assert not texts[0] & texts[EVALUATION_SEEDS]
     assert RetryMath().reset(seed=EVALUATION_SEEDS - 1)[0] not in texts[EVALUATION_SEEDS]
@@ -213,61 +200,22 @@ def test_later_problems_stay_on_the_side_of_the_seed_and_levels_are_the_chosen_o
         env.reset(seed=seed)
         later = [env.reset()[0].removeprefix("Problem: ") for _ in range(40)]
         assert len(set(later)) > 20
-        assert {zlib.crc32(text.encode()) % 5 == 0 for text in later} == {seed >= EVALUATION_SEEDS}
+        assert set(map(held_out, later)) == {seed >= EVALUATION_SEEDS}
     assert {RetryMath(levels="4").reset(seed=s)[1]["level"] for s in range(20)} == {4}
     assert {RetryMath().reset(seed=s)[1]["level"] for s in range(20)} == {1, 2, 3}
 
 
 # --- scripted players ----------------------------------------------------------------------------
-def results(player, m):
-    """Success and turns as means over all m right answers; player() gives the answers one after the other."""
-    rows = []
-    for gold in range(m):
-        env, answers = posed(gold, (0, m - 1)), player()
-        while not env.ended:
-            reward = env.step(next(answers))[1]
-        rows.append([reward == 1, len(env.answers)])
-    return np.mean(rows, axis=0)
-
-
-@pytest.mark.parametrize("m,distinct,repeat", [(7, 0.714286, 0.142857), (11, 0.454545, 0.090909), (13, 0.384615, 0.076923)])
-def test_five_different_answers_find_more_than_one_five_times(m, distinct, repeat):
-    different, same = results(lambda: map(say, itertools.count()), m), results(lambda: itertools.repeat(say(0)), m)
-    assert (different[0], same[0]) == pytest.approx((distinct, repeat), abs=1e-6)
-    assert m != 11 or (different[1], same[1]) == pytest.approx((4.090909, 4.636364), abs=1e-6)
-
-
-@pytest.mark.parametrize("m,independent,sticky", [(7, 0.537336, 0.190797), (11, 0.379079, 0.123519), (13, 0.329823, 0.104999)])
-def test_a_player_that_forgets_by_exact_probabilities(m, independent, sticky):
-    """Uniform on every turn, or the last answer again with .9 and else uniform; mean over all golds."""
-    for repeat, expected in ((0.0, independent), (0.9, sticky)):
-        solved = 0.0
-        for gold in range(m):
-            env, unsolved = posed(gold, (0, m - 1)), {None: 1.0}  # last answer: probability
-            for _ in range(5):
-                right = {a: copy.deepcopy(env).step(say(a))[1] == 1 for a in range(m)}
-                following = dict.fromkeys(range(m), 0.0)
-                for last, chance in unsolved.items():
-                    for a in range(m):
-                        p = chance / m if last is None else chance * ((1 - repeat) / m + repeat * (a == last))
-                        solved, following[a] = solved + p * right[a] / m, following[a] + p * (not right[a])
-                unsolved = following
-                env.step(say((gold + 1) % m))
-            assert env.ended
-        assert solved == pytest.approx(expected, abs=1e-6)
-
-
 def test_guessing_without_repeats_on_held_out_problems(all_problems):
-    """Uniform over the candidates not yet tried; the average weighs problems as they are drawn."""
-    by_level = {}
+    """At once, and within five answers; the averages weigh problems as they are drawn."""
+    solved = {}
     for level, found in all_problems.items():
-        rows = [(chance, high - low + 1) for chance, _, (low, high) in held_out(found).values()]
-        total = sum(chance for chance, _ in rows)
-        by_level[level] = [sum(chance * min(k / n, 1) for chance, n in rows) / total for k in range(1, 6)]
-    last = {level: within[4] for level, within in by_level.items()}
-    assert last == pytest.approx({"1": 0.817084, "2": 0.555556, "3": 0.829118, "4": 0.128205, "5": 0.166667}, abs=1e-6)
-    assert np.mean([by_level[level] for level in "123"], axis=0) == pytest.approx(
-        [0.153217, 0.306433, 0.459650, 0.604679, 0.733919], abs=1e-6)
+        rows = [(high - low + 1, chance) for text, ((_, (low, high)), chance) in found.items() if held_out(text)]
+        sizes, chances = np.array(rows).T
+        solved[level] = [np.average(np.minimum(k / sizes, 1), weights=chances) for k in (1, 5)]
+    assert [five for _, five in solved.values()] == pytest.approx(
+        [0.817084, 0.555556, 0.829118, 0.128205, 0.166667], abs=1e-6)
+    assert np.mean([solved[level] for level in "123"], axis=0) == pytest.approx([0.153217, 0.733919], abs=1e-6)
 
 
 def demonstrated(env, rng, **kwargs):
@@ -326,5 +274,3 @@ def test_the_scripted_player_errs_within_three_and_inside_the_range():
         env = posed(answer, candidates)
         wrong = {env.demonstrate(rng, malformed=0.0, first_right=0.0) for _ in range(200)}
         assert wrong == set(map(say, near))
-
-

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -51,8 +50,6 @@ def test_the_transcript_with_the_eighth_action_as_the_last_one_allowed():
     observation, reward, terminated, truncated, info = env.step("finish")
     assert (observation, reward, terminated, truncated) == ("bye.", 1.0, True, False)
     assert info["success"] is True and info["score"] == 1 and not info["garbage"]
-    with pytest.raises(gym.error.ResetNeeded):
-        env.step("list")
 
 
 @pytest.mark.parametrize("before,action,reply", [
@@ -132,6 +129,7 @@ def test_anything_else_is_unreadable(action):
     (ONE, [*IN, "ship 63", "confirm", *WHOLE[2:]], 3 / 4, "logged_in found_0 done_0"), (ONE, WHOLE, 1, "logged_in found_0 done_0 closed"),
     (TWO, ["login 59", "finish"], 1 / 3, "logged_in closed"), (TWO, [*IN, "find rug", "finish"], 1 / 2, "logged_in found_1 closed"),
     (TWO, [*IN, "cancel 15", "confirm", "finish"], 1 / 2, "logged_in done_0 closed"), (TWO, [*IN, "refund 63", "confirm", "finish"], 1 / 6, "logged_in"),
+    (TWO, [*IN, "cancel 43", "confirm", "finish"], 1 / 3, "logged_in closed"),
     (TWO, [*WHOLE_TWO[:5], "finish"], 2 / 3, "logged_in found_0 done_0 closed"), (TWO, ["finish"], 0, ""),
     (TWO, [*WHOLE_TWO[:5], "refund 43", "confirm", "finish"], 5 / 6, "logged_in found_0 done_0 done_1 closed"),
     (TWO, WHOLE_TWO, 1, "logged_in found_0 done_0 found_1 done_1 closed")])
@@ -151,15 +149,6 @@ def test_after_the_last_turn_the_score_counts_as_it_stands():
     assert last(*WHOLE[:5], max_turns=5)[:3] == (0.75, False, True)
     for action in ("list", "nonsense"):
         assert last(*[action] * 8)[:3] == last(*[action] * 12, requests=TWO)[:3] == (0.0, False, True)
-    with pytest.raises(gym.error.ResetNeeded):
-        desk("list", max_turns=1).step("list")
-
-
-def test_guessing_an_order_looks_worse_than_leaving():
-    """One request: a third of .75, two thirds of .25. Two: a third each of 1/2, 2/6 (refused) and 1/6."""
-    for requests, mean in ((ONE, 5 / 12), (TWO, 1 / 3)):
-        guesses = [last(*IN, f"{requests[0][0]} {number}", "confirm", "finish", requests=requests)[0] for number in ORDERS]
-        assert np.mean(guesses) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("actions,garbage", [
@@ -198,8 +187,6 @@ def test_options_replace_what_is_drawn():
     given = dict(ORDERS)
     text, info = env.reset(options={"pin": 40, "orders": given, "requests": [["cancel", 15], ["refund", 43]]})
     assert text == "pin 40: cancel the chair, then refund the rug." and info["answer"] == "15"
-    say(env, "login 40", *WHOLE_TWO[1:5])
-    assert passed(env.info(False)) == "logged_in found_0 done_0" and not env.wrong
     env.reset(options={"pin": 40, "orders": given, "requests": ONE})
     assert given == ORDERS and env.info(False)["score"] == 0 and say(env, "list", "login 40", "ship 15") == [
         "please log in first.", "logged in.", "please list first."]
