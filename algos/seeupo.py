@@ -51,7 +51,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads sleep, they do not spin
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import numpy as np
 import torch
 import tyro

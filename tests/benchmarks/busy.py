@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
+SETTINGS = {"GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},  # the scripts' default
             "spinning, the default of libgomp": {"GOMP_SPINCOUNT": "300000"},
-            "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"}}  # the scripts' default
+            "OMP_WAIT_POLICY=passive": {"GOMP_SPINCOUNT": "0"}}
 COMMAND = [sys.executable, ROOT / "algos/ms_grpo.py", "--num-iterations", "6", "--eval-every", "6", "--eval-episodes",
            "64", "--warm-start-steps", "100", "--print-samples", "0"]
 
