@@ -1,4 +1,4 @@
-"""One episode, eight algorithms: what each credits every sampled token with.
+"""One episode, all algorithms: what each credits every sampled token with.
 
     python results/credit.py        draws docs/figures/credit.png
 

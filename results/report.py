@@ -97,6 +97,15 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
               ["guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
                "guess_uncentred"])},
 }
+DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
+    ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
+    ("ufo", "retry_turns5", "retry math (default)"),
+    ("turn_budget", "think_turn", "think search (default)"),
+    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
+    ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
+    ("st_ppo", "desk_st_ppo", "tool desk (default)"),
+    ("seeupo", "desk_reverse", "tool desk (default)"),
+    ("archer", "guess_archer", "twenty questions (default)")]
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
                for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
@@ -302,7 +311,7 @@ def claim_table(algo: str, claim: str) -> str:
         heads["tokens"] = f"after {tokens / 1000:.0f}k tokens"
         for arm in arms:
             values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
-    extra = {name: head for name, (_, head) in EXTRA[algo].items() if head}
+    extra = {name: head for name, (_, head) in EXTRA.get(algo, {}).items() if head}
     names = ["arm", "seeds", *heads.values(), f"{arms[0]} minus this at the end [95 %]",
              *extra.values(), "optimizer steps", "generated tokens", "seconds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -453,15 +462,7 @@ def algorithms_table() -> str:
 def results_table() -> str:
     lines = ["| script | environment | seeds | success: start | end | return: start | end "
              "| minutes |", "|---|---|---|---|---|---|---|---|"]
-    for algo, arm, environment in [("ms_grpo", "lake_aaw", "Frozen Lake (default)"),
-                                   ("ms_grpo", "snake_episode", "Snake"),
-                                   ("ufo", "retry_turns5", "retry math (default)"),
-                                   ("turn_budget", "think_turn", "think search (default)"),
-                                   ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
-                                   ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
-                                   ("st_ppo", "desk_st_ppo", "tool desk (default)"),
-                                   ("seeupo", "desk_reverse", "tool desk (default)"),
-                                   ("archer", "guess_archer", "twenty questions (default)")]:
+    for algo, arm, environment in DEFAULT_ARMS:
         rows = read(ROOT / f"results/{algo}.csv")
         cells = [f"[`{algo}`]({algo}.md)", environment, str(len(column(rows, arm, "seed")))]
         for name in ("success_start", "success_end", "return_start", "return_end"):
