@@ -38,7 +38,7 @@ Deviations and choices
         stays: --no-centre-advantages.
     D7  Sizes are smaller, see the flags. The evaluation samples (code: greedy).
 
-    python algos/archer.py        about 4 minutes on 2 CPU cores
+    python algos/archer.py        about 3.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
