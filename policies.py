@@ -7,12 +7,17 @@ imitating the environment's scripted player (behaviour cloning), and cached on d
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
+import tokenizers
 import torch
 import torch.distributed as dist
 import tqdm
@@ -25,78 +30,211 @@ from envs.episodes import Episode, Turn, demonstrations
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
     DEMONSTRATE, RunArgs, collate, make_envs, micro_batches, optimizer_step, quiet, random_stream,
-    rank, reason, select_rows, stop, token_logprobs, world_size,
+    rank, reason, rollout, stop, token_logprobs, world_size,
 )
 
 transformers.utils.logging.disable_progress_bar()
+
+
+THOUGHT = re.compile(r"<think>.*?(</think>\s*|$)", re.DOTALL)  # one that was cut has no end
+
+
+class Opening(NamedTuple):
+    """What stands before an observation: markup, then text that belongs to the same words."""
+
+    ids: list[int]  # up to the last special token
+    text: str  # after it, for example "user\n"
+    strips: bool  # whether this special token swallows the spaces that follow
+
+
+def context_length(config) -> int | None:
+    """How many tokens a row may have, if the config says it: tokens (or None).
+
+    Rotary factors that switch at some length (longrope, dynamic) would give one token different
+    log-probabilities in rows of different lengths: the switch is the limit.
+
+    >>> rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1] * 16,
+    ...         "long_factor": [4] * 16, "original_max_position_embeddings": 300}
+    >>> context_length(transformers.Phi3Config(
+    ...     hidden_size=64, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope))
+    300
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # or by layer type
+    limits = [part.get("original_max_position_embeddings") for part in each
+              if part.get("rope_type") in ("longrope", "dynamic")]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def plain_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, tokenizers.AddedToken]]:
+    """A copy of the tokenizer to which markup is ordinary text, and the markup by token.
+
+    Nor does it put a space before a text that is not the first of a row.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("its tokenizer is not one of the tokenizers library")
+    blank = re.compile(r"[\s▁]*")  # runs of spaces are added tokens in some tokenizers
+    markup = {number: token for number, token in tokenizer.added_tokens_decoder.items()
+              if not blank.fullmatch(token.content)}
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] not in markup]
+    core["truncation"] = core["padding"] = None
+    text = json.dumps(core).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    plain = tokenizers.Tokenizer.from_str(text)
+    for number, token in markup.items():
+        if number in plain.encode(token.content, add_special_tokens=False).ids:
+            raise ValueError(f"its tokenizer makes markup of a text that quotes {token.content}")
+    return plain, markup
 
 
 class Policy:
     """A causal language model, its tokenizer, and how its chat template writes a conversation.
 
     A conversation in tokens is: head, observation, tail, ANSWER, end_id, between, observation,
-    tail, ANSWER, ... where only ANSWER and (normally) end_id are sampled. It is append-only:
-    what was sampled is never decoded and encoded again.
+    tail, ANSWER, ... where only ANSWER and (normally) its end are sampled. It is append-only:
+    what was sampled is never decoded and encoded again. An answer ends at any token of end_ids.
 
     history_turns None keeps the whole history in one growing row; n starts a new row each turn that
     shows the last n turns before the current observation.
+
+    A model or template whose results would be wrong raises ValueError with the reason.
     """
 
     history_turns: int | None = None
     max_turn_tokens = 8
 
-    def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False):
+    def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False,
+                 **template_kwargs):
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
         self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
-        self.context_length = model.config.max_position_embeddings
-        layers = transformers.DynamicCache(config=model.config).layers
-        flags = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in flags else "past_key_values"  # transformers < 5.24
+        self.read_model()
+        self.read_template(instructions, template_kwargs)
+
+    def read_model(self):
+        """Its context, its cache and its other peculiarities."""
+        self.context_length = context_length(self.model.config)
+        flags = inspect.signature(self.model.forward).parameters
+        names = [name for name in ("cache", "past_key_values") if name in flags]  # new name first
+        if not names:
+            raise ValueError("its forward pass takes no cache: it would forget what it has read")
+        self.cache_name = names[0]
+        self.options = {"output_router_logits": False} if "output_router_logits" in flags else {}
+        layers = transformers.DynamicCache(config=self.model.config).layers
         self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
+        embedded = self.model.get_input_embeddings().weight.shape[0]
+        if len(self.tokenizer) > embedded:
+            raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, but its embedding "
+                             f"only {embedded}")
+        for name, x in self.model.named_parameters():
+            if not x.isfinite().all():
+                raise ValueError(f"its weight {name} is not finite")
+
+    def limit_context(self, length: int | None):
+        """Set --context-length, if given; it may not exceed what the model can do."""
+        most = self.context_length
+        if most is None and length is None:
+            raise ValueError("its config does not say how long a context may be: give "
+                             "--context-length")
+        if most is not None and length is not None and length > most:
+            raise ValueError(f"--context-length {length} is more than its context of {most}")
+        self.context_length = length or most
+
+    def read_template(self, instructions: str, template_kwargs: dict):
+        """How the chat template writes what stands around observations and answers."""
+        tokenizer = self.tokenizer
+        self.plain, self.markup = plain_tokenizer(tokenizer)
 
         def render(*messages: tuple[str, str]) -> str:
             chat = [{"role": role, "content": content} for role, content in messages]
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
+                                                 **template_kwargs)
 
-        question, answer = "QUESTION_MARK", "ANSWER_MARK"
-        system = [("system", instructions)] if instructions else []
-        try:
-            first = render(*system, ("user", question))
-        except Exception:  # a template without a system role: the rules open the first message
-            first = render(("user", f"{instructions}\n\n{question}"))
+        question, answer, first = "QUESTION_MARK", "ANSWER_MARK", ""
+        if instructions:
+            with contextlib.suppress(Exception):  # some templates raise on a system role, ..
+                first = render(("system", instructions), ("user", question))
+            if instructions.strip() not in first:  # .. others skip it: it opens the first message
+                first = render(("user", f"{instructions}\n\n{question}"))
+        else:
+            first = render(("user", question))
         dialogue = render(("user", question), ("assistant", answer), ("user", question))
+        if question not in first:
+            raise ValueError("its chat template does not show the user's message")
         head, _, tail = first.rpartition(question)
-        between = dialogue.partition(answer)[2].partition(question)[0]
-        self.head, self.tail, between = (tokenizer(text, add_special_tokens=False)["input_ids"]
-                                         for text in (head, tail, between))
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        if not between or between[0] not in special:
+        asked, _, between = dialogue.partition(answer)
+        asked = asked.rpartition(question)[2]
+        self.lead = asked.removeprefix(tail) if asked.startswith(tail) else ""  # before an answer
+        self.thinks = "<think>" in tail and "</think>" not in tail.rpartition("<think>")[2]
+
+        # observations are encoded as one piece with the text around them, up to special tokens
+        self.head = self.open(head)
+        ids, text, strips = self.open(between.partition(question)[0])
+        if not ids or ids[0] not in self.markup:
             raise ValueError("its chat template does not end an answer with a special token")
-        self.end_id, self.between = between[0], between[1:]
+        self.end_id, self.between = ids[0], Opening(ids[1:], text, strips)
+        encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        marks = [n for n, token in enumerate(ids) if token in self.markup]
+        self.tail_text = tail[: spans[marks[0]][0]] if marks else tail
+        self.tail = ids[marks[0] :] if marks else []
+        self.cue = tail[spans[marks[-1]][1] :] if marks else tail  # "assistant\n"
+
+        declared = {tokenizer.eos_token_id}
+        for config in (self.model.generation_config, self.model.config.get_text_config()):
+            ends = getattr(config, "eos_token_id", None)
+            declared |= set(ends if isinstance(ends, list) else [ends])
+        declared &= self.markup.keys()
+        if declared and self.end_id not in declared:
+            end, others = tokenizer.decode([self.end_id]), tokenizer.decode(sorted(declared))
+            raise ValueError(f"its chat template ends an answer with {end}, but its "
+                             f"generation_config.json declares only {others} as ends")
+        self.end_ids = [self.end_id, *sorted(declared - {self.end_id})]
+
+    def open(self, text: str) -> Opening:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        marks = [n for n, token in enumerate(ids) if token in self.markup]
+        if not marks:
+            return Opening(ids, "", False)
+        last, end = marks[-1], encoded["offset_mapping"][marks[-1]][1]
+        return Opening(ids[: last + 1], text[end:], self.markup[ids[last]].rstrip)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of outside text, which cannot contain a special token."""
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        return self.tokenizer(text, **options)["input_ids"]
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def show(self, opening: Opening, observation: str) -> list[int]:
+        """The tokens of an observation and of the markup around it."""
+        text = opening.text + observation + self.tail_text
+        return [*opening.ids, *self.encode(text.lstrip() if opening.strips else text), *self.tail]
+
+    def spell(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of an answer as the template writes it, and their places in the text."""
+        before = self.cue + self.lead
+        encoded, skip = self.plain.encode(before + answer, add_special_tokens=False), len(before)
+        cue = len(self.encode(self.cue))
+        return encoded.ids[cue:], [(a - skip, b - skip) for a, b in encoded.offsets[cue:]]
 
     def prompt(self, episode: Episode) -> tuple[list[int], bool]:
         """The tokens to feed before the next turn, and whether they start a new row."""
-        observation, turns = self.encode(episode.observation) + self.tail, episode.turns
+        turns = episode.turns
         if turns and self.history_turns is None:
-            return self.close(turns[-1]) + observation, False
-        ids = list(self.head)
+            return self.close(turns[-1]) + self.show(self.between, episode.observation), False
+        ids, opening = [], self.head
         for turn in turns[-self.history_turns:] if self.history_turns else []:
-            ids += self.encode(turn.observation) + self.tail
-            ids += self.remember(turn) + self.close(turn)
-        return ids + observation, True
+            ids += self.show(opening, turn.observation) + self.remember(turn) + self.close(turn)
+            opening = self.between
+        return ids + self.show(opening, episode.observation), True
 
     def remember(self, turn: Turn) -> list[int]:
         """What a later row shows of an earlier answer: all of it."""
         return turn.token_ids
 
     def close(self, turn: Turn) -> list[int]:
-        """What lies between an answer and the next observation; a turn cut by its cap is ended."""
-        return [self.end_id] * (turn.token_ids[-1] != self.end_id) + self.between
+        """The end of an answer that was cut by its cap."""
+        return [self.end_id] * (turn.token_ids[-1] not in self.end_ids)
 
     def turn_cap(self, episode: Episode, used: int) -> int:
         """How many tokens the next turn may have, after `used` tokens of context."""
@@ -107,9 +245,10 @@ class Policy:
         return []
 
     def action(self, token_ids: list[int]) -> str:
-        """What an answer says to the environment."""
-        ids = token_ids[:-1] if token_ids[-1:] == [self.end_id] else token_ids
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        """What an answer says to the environment: all but its end and what it thinks in tags."""
+        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return THOUGHT.sub("", "<think>" * self.thinks + text)
 
     def autocast(self):
         """The precision of the passes: bf16, or fp32 throughout."""
@@ -120,6 +259,7 @@ class Policy:
         self.model.eval()
         for layer in self.checkpointed:  # what is recomputed cannot fill a cache
             layer.training = cache is None
+        kwargs |= self.options
         if cache is not None:
             kwargs[self.cache_name] = cache
         with self.autocast():
@@ -142,18 +282,25 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
     if tiny:
         folder = tiny_folder(args, env, history_turns)
     try:
+        template_kwargs = dict(json.loads(args.template_kwargs))
+    except ValueError as error:
+        stop(f"--template-kwargs {args.template_kwargs}: {reason(error)}")
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        policy = kind(model, tokenizer, args.device,
-                        "" if tokenizer.chat_template == TINY_TEMPLATE
-                        else getattr(env.unwrapped, "instructions", ""),
-                        bf16=args.device.startswith("cuda") and not tiny)
+        rules = "" if tokenizer.chat_template == TINY_TEMPLATE else getattr(
+            env.unwrapped, "instructions", "")
+        policy = kind(model, tokenizer, args.device, rules, **template_kwargs)
+        policy.limit_context(args.context_length)
+        if not tiny:
+            self_check(policy)
+        policy.bf16 = args.device.startswith("cuda") and not tiny
         if args.gradient_checkpointing:
             checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
                                  model.gradient_checkpointing_enable)
             checkpoint({"use_reentrant": False})
     except Exception as error:  # transformers, safetensors and jinja each have their own
-        stop(f"--model {args.model} cannot be loaded: {reason(error)}")
+        stop(f"--model {args.model} cannot be used: {reason(error)}")
     if args.gradient_checkpointing:
         with contextlib.suppress(AttributeError):  # made for models whose embedding is not trained
             model.disable_input_require_grads()
@@ -166,9 +313,62 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
     return policy
 
 
+class Rehearsal(gym.Env):
+    """Says the same for some turns, whatever it hears."""
+
+    def __init__(self, text: str, turns: int):
+        self.text, self.turns = text, turns
+
+    def step(self, action: str):
+        self.turns -= 1
+        return self.text, 0.0, self.turns == 0, False, {}
+
+
+def largest_difference(policy: Policy) -> float:
+    """How far log-probs of a rollout and of full passes over its rows are apart, at most, in nats.
+
+    Three episodes of unlike lengths, of which one ends before the others. The rows are passed one
+    by one and together: neither a cache nor a neighbour may change a log-prob.
+    """
+    texts = ("Go.", "Which way? " * 6, "3 14 15 " * 2)
+    envs = [Rehearsal(text, turns) for text, turns in zip(texts, (2, 1, 3), strict=True)]
+    episodes = [Episode(0, text) for text in texts]
+    rollout(policy, envs, episodes, [random_stream(i) for i in range(3)], 3, temperature=1.0)
+    largest = 0.0
+    for some in (episodes, *([episode] for episode in episodes if episode.turns)):
+        batch = collate(some, policy.device)
+        with torch.no_grad():
+            logprobs, _ = token_logprobs(policy, batch, temperature=1.0)
+        largest = max(largest, (logprobs - batch["old_logprobs"]).abs().max().item())
+    return largest
+
+
+def self_check(policy: Policy):
+    """Refuse a model whose rollouts do not give the log-probs that training would compute."""
+    start, precision = time.perf_counter(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    plain = Policy(policy.model, policy.tokenizer, policy.device)  # of no special kind, in fp32
+    plain.max_turn_tokens, plain.context_length = 4, policy.context_length
+    difference, how = largest_difference(plain), ""
+    if not difference < 1e-2 and not plain.windowed:  # perhaps it cannot live with holes
+        plain.windowed = policy.windowed = True
+        difference, how = largest_difference(plain), " if every prompt is read from its start"
+    torch.set_float32_matmul_precision(precision)
+    if not difference < 1e-2:
+        raise ValueError(f"log-probs of its rollouts are off by {difference:.2g} nats: a model "
+                         "whose answers depend on the rows beside them cannot be trained")
+    if rank() == 0:
+        print(f"{policy.model.config.model_type}: context of {policy.context_length} tokens; "
+              f"rollouts and full passes agree to {difference:.0e} nats{how} "
+              f"({time.perf_counter() - start:.1f} s)")
+
+
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
+# words and numbers may become one token; any other character is a token (cells of a map)
+TINY_PIECES = r" ?[A-Z]?[a-z]+| ?[0-9]+|\s|."
+TINY_CONTEXT = 1024
 NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_TOKENS = 2048, 64, 4096
 
 
@@ -179,16 +379,20 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     """
     rng = random_stream(args.seed, DEMONSTRATE)
     seeds = rng.integers(EVALUATION_SEEDS, size=NUM_DEMONSTRATIONS).tolist()
+    episodes = []
     try:
-        episodes = demonstrations(env, seeds, args.max_turns, rng)
+        for seed in tqdm.tqdm(seeds, "demonstrations", disable=quiet(), leave=False):
+            episodes += demonstrations(env, [seed], args.max_turns, rng)
+            check_lengths(episodes[-1], args.env_id)
     except NotImplementedError as error:
         stop(f"--env-id {args.env_id}: {error}; give --model <folder or hub id>")
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
     determined_by = [texts, history_turns, args.seed, torch.device(args.device).type,
                      args.warm_start_steps, args.max_grad_norm, WARM_START_ROWS,
                      args.warm_start_learning_rate, args.tiny_init_std,
-                     TINY_TEMPLATE, inspect.getsource(make_tiny), inspect.getsource(warm_start),
-                     torch.__version__, transformers.__version__]
+                     TINY_TEMPLATE, TINY_PIECES, TINY_CONTEXT, inspect.getsource(make_tiny),
+                     inspect.getsource(warm_start), torch.__version__,
+                     transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
     folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
@@ -206,16 +410,27 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     return folder
 
 
+def check_lengths(episode: Episode, env_id: str):
+    """Stop at a demonstration that is shown more than the tiny model can read."""
+    for k, turn in enumerate(episode.turns):
+        tokens = len(re.findall(TINY_PIECES, turn.observation))  # at least
+        if tokens > TINY_CONTEXT:
+            stop(f"--env-id {env_id}, seed {episode.seed}, turn {k}: an observation of "
+                 f"{len(turn.observation)} characters has at least {tokens} tokens; the tiny "
+                 f"model's context has {TINY_CONTEXT}")
+
+
 def make_tiny(args: RunArgs, texts: list[str]):
     """An untrained model and a byte-level tokenizer whose merges are the words of `texts`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     core = Tokenizer(models.BPE())
-    # words and numbers may become one token; any other character is a token (cells of a map)
-    pieces = pre_tokenizers.Split(Regex(r" ?[A-Z]?[a-z]+| ?[0-9]+|\s|."), "isolated")
+    pieces = pre_tokenizers.Split(Regex(TINY_PIECES), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(
+    lengths = itertools.accumulate(map(len, texts))
+    sample = [text for text, length in zip(texts, lengths, strict=True) if length <= 2**22]
+    core.train_from_iterator(sample, trainers.BpeTrainer(
         vocab_size=512, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]))
@@ -225,7 +440,7 @@ def make_tiny(args: RunArgs, texts: list[str]):
     torch.manual_seed(args.seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=TINY_CONTEXT,
         initializer_range=args.tiny_init_std,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=3)
     return transformers.LlamaForCausalLM(config), tokenizer
@@ -233,15 +448,18 @@ def make_tiny(args: RunArgs, texts: list[str]):
 
 def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
     """Behaviour cloning: raise the log-probability of the demonstrated actions."""
+    rows: list[Episode] = []  # an episode each, of the turns that stand in one row
     for episode in episodes:
         turns, episode.turns = episode.turns, []
         for turn in turns:  # replay, so that every prompt is built from the turns before it
             episode.observation = turn.observation
             turn.prompt_ids, turn.starts_row = policy.prompt(episode)
-            turn.token_ids = [*policy.encode(turn.action), policy.end_id]
+            turn.token_ids = [*policy.spell(turn.action)[0], policy.end_id]
             turn.logprobs = [0.0] * len(turn.token_ids)
             episode.turns.append(turn)
-    batch = collate(episodes, policy.device)
+            if turn.starts_row:
+                rows.append(Episode(episode.seed, ""))
+            rows[-1].turns.append(turn)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0)
     rng = random_stream(args.seed, DEMONSTRATE, 1)
     progress = tqdm.trange(args.warm_start_steps, desc="warm start", disable=quiet())
@@ -249,10 +467,11 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
         done = step / args.warm_start_steps  # the learning rate goes up, then down to 0
         rate = args.warm_start_learning_rate * min(10 * done, 1) * (1 - done)
         optimizer.param_groups[0]["lr"] = rate
-        rows = select_rows(batch, rng.integers(len(batch["tokens"]), size=WARM_START_ROWS))
-        wide = rows["tokens"].numel() > WARM_START_TOKENS  # then like lengths go together
-        loss, count = 0.0, (rows["turn_id"] >= 0).sum()
-        for part in micro_batches(rows, WARM_START_TOKENS) if wide else [rows]:
+        drawn = rng.integers(len(rows), size=WARM_START_ROWS)
+        batch = collate([rows[i] for i in drawn], policy.device)
+        wide = batch["tokens"].numel() > WARM_START_TOKENS  # then like lengths go together
+        loss, count = 0.0, (batch["turn_id"] >= 0).sum()
+        for part in micro_batches(batch, WARM_START_TOKENS) if wide else [batch]:
             logprobs, _ = token_logprobs(policy, part, temperature=1.0)
             part_loss = -logprobs.sum() / count
             part_loss.backward()

@@ -29,7 +29,7 @@ import tqdm
 import transformers
 
 from envs.episodes import EnvironmentFault, Episode
-from policies import Policy
+from policies import Opening, Policy
 from utils import (
     RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, evaluate, make_envs,
     quiet, rank, select_rows, stop, world_size,
@@ -214,6 +214,7 @@ class Run:
             saved = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
             model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
             policy.model.load_state_dict(model.state_dict())
+            policy.head = Opening(*saved["head"])  # its template may print today's date
             for name, target in state.items():
                 if isinstance(target, list):
                     target[:] = saved[name]
@@ -232,11 +233,10 @@ class Run:
         new, current, old = (self.folder / f"checkpoint{end}" for end in (".new", "", ".old"))
         shutil.rmtree(new, ignore_errors=True)
         policy.save(new)
-        seconds = time.perf_counter() - self.clock
-        torch.save({"iteration": int(self.rows[-1]["iteration"]), "totals": self.totals,
-                    "seconds": seconds, **{name: x if isinstance(x, list) else x.state_dict()
-                                          for name, x in state.items()}},
-                   new / "trainer_state.pt")
+        kept = {"iteration": int(self.rows[-1]["iteration"]), "totals": self.totals,
+                "seconds": time.perf_counter() - self.clock, "head": list(policy.head)}
+        kept |= {name: x if isinstance(x, list) else x.state_dict() for name, x in state.items()}
+        torch.save(kept, new / "trainer_state.pt")
         if current.exists():
             shutil.rmtree(old, ignore_errors=True)
             current.rename(old)

@@ -44,6 +44,8 @@ class RunArgs:
     env_id: str = "turnrl/FrozenLake-v0"  # gymnasium id; module:Id-v0 imports the module first
     env_kwargs: str = "{}"  # arguments of the environment as JSON, e.g. '{"max_turns": 15}'
     model: str = "tiny"  # tiny (made and warm-started here), or a folder or hub id of a chat model
+    template_kwargs: str = "{}"  # of its chat template as JSON, e.g. '{"enable_thinking": false}'
+    context_length: int | None = None  # most tokens of a row; default: what the model's config says
     device: str = "cpu"  # torch device: cpu, cuda, cuda:1
     num_iterations: int = 100  # iterations of: collect episodes, update
     max_generated_tokens: int | None = None  # stop after the iteration that reaches so many
@@ -241,7 +243,7 @@ def sample_answers(decoder: Decoder, rows: list[list[int]], turns: list[Turn], c
                 turns[n].logprobs.append(logprobs[n])
                 rows[n].append(tokens[n])
                 put_in(n)
-            active = [n for n in active if turns[n].token_ids[-1] != decoder.policy.end_id
+            active = [n for n in active if turns[n].token_ids[-1] not in decoder.policy.end_ids
                       and len(turns[n].token_ids) < caps[n]]
             if not active:  # rows that are done wait behind holes
                 return

@@ -183,13 +183,12 @@ def wrap_answer(policy: Policy, template: str, answer: str) -> tuple[list[int], 
     has its space. Only the tokens of the name count in Eq. 1.
     """
     start = template.index("{answer}")
-    encoded = policy.tokenizer(template.replace("{answer}", answer), add_special_tokens=False,
-                               split_special_tokens=True, return_offsets_mapping=True)
-    outside = {position for position, (first, last) in enumerate(encoded["offset_mapping"])
+    ids, spans = policy.spell(template.replace("{answer}", answer))
+    outside = {position for position, (first, last) in enumerate(spans)
                if last <= start or first >= start + len(answer)}
-    if len(outside) == len(encoded["input_ids"]):
+    if len(outside) == len(ids):
         stop(f"the right answer {answer!r} of the environment has no tokens: no belief in it")
-    return encoded["input_ids"], outside
+    return ids, outside
 
 
 def beliefs_before_turns(policy: Policy, episodes: list[Episode], template: str,

@@ -149,19 +149,19 @@ def thought_end(token_ids: list[int], mark: list[int]) -> int:
 
 
 def forced_tokens(token_ids: list[int], allowance: int | None, action_cap: int, mark: list[int],
-                  end_id: int) -> list[int]:
+                  end_ids: list[int]) -> list[int]:
     """The tokens to append to an unfinished answer, often none. Eq. 2
 
     The mark follows an open thought of `allowance` tokens, the end an action of action_cap tokens.
 
-    >>> [forced_tokens(ids, 3, 2, [90], 1) for ids in ([5, 6, 7], [5, 6, 90], [5, 90, 8, 9])]
+    >>> [forced_tokens(ids, 3, 2, [90], [1]) for ids in ([5, 6, 7], [5, 6, 90], [5, 90, 8, 9])]
     [[90], [], [1]]
     """
     end = thought_end(token_ids, mark)
-    if token_ids[-1:] == [end_id]:
+    if token_ids and token_ids[-1] in end_ids:
         return []
     if token_ids[end - len(mark) : end] == mark:
-        return [end_id] if len(token_ids) - end >= action_cap else []
+        return end_ids[:1] if len(token_ids) - end >= action_cap else []
     return list(mark) if allowance is not None and end >= allowance else []
 
 
@@ -189,14 +189,14 @@ class BudgetPolicy(Policy):
 
     def force(self, episode: Episode, used: int, token_ids: list[int]) -> list[int]:
         forced = forced_tokens(token_ids, self.allowance(episode, used), self.max_turn_tokens,
-                               self.mark, self.end_id)
+                               self.mark, self.end_ids)
         room = self.turn_cap(episode, used) - len(token_ids)
         return forced if len(forced) <= room else []  # without room the turn is over anyway
 
     def remember(self, turn: Turn) -> list[int]:
         """The action, with --drop-thoughts; only the end of the turn if there is no action."""
         action = turn.token_ids[thought_end(turn.token_ids, self.mark) :]
-        return action or [self.end_id] * (turn.token_ids[-1] == self.end_id)
+        return action or [end for end in turn.token_ids[-1:] if end in self.end_ids]
 
     def thought_length(self, turn: Turn) -> int:
         """How many tokens of a thought were sampled; an appended mark does not count."""

@@ -48,7 +48,7 @@ def random_model(kind: str, vocab_size: int):
     config = transformers.AutoConfig.for_model(
         kind, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
-        initializer_range=0.3, **more)  # wide enough that attention mistakes show in the logits
+        initializer_range=0.3, eos_token_id=None, **more)  # wide enough that attention mistakes show in the logits
     return transformers.AutoModelForCausalLM.from_config(config)
 
 

@@ -273,7 +273,7 @@ def test_fresh_answers_are_sampled_token_by_token_from_the_state(policy, rows, t
     turns = [(rows[1], 2), (rows[0], 0), (rows[1], 1), (rows[2], 0), (rows[1], 2)]
     args = Args(max_turn_tokens=9, micro_batch_tokens=tokens, temperature=0.8)
     third = fresh_answers(policy, turns, rng(0), args)["tokens"][1, rows[0].starts[0] + 2]
-    monkeypatch.setattr(policy, "end_id", third.item())  # an answer of three tokens
+    monkeypatch.setattr(policy, "end_ids", {third.item()})  # an answer of three tokens
     batch = fresh_answers(policy, turns, rng(0), args)
     uniforms = torch.tensor(rng(0).random((5, 9)))
     for i, (row, k) in enumerate(turns):
@@ -281,9 +281,9 @@ def test_fresh_answers_are_sampled_token_by_token_from_the_state(policy, rows, t
         for u in uniforms[i]:
             logits = policy.forward(torch.tensor([state + answer]))[0, -1:]
             answer.append(sample_tokens(logits, 0.8, u[None])[0].item())
-            if answer[-1] == policy.end_id:
+            if answer[-1] in policy.end_ids:
                 break
-        ended.add(answer[-1] == policy.end_id)
+        ended.add(answer[-1] in policy.end_ids)
         length = len(state + answer)
         assert batch["lengths"][i] == length and batch["tokens"][i, :length].tolist() == state + answer
         assert batch["starts"][i].tolist() == [len(state)]

@@ -369,9 +369,9 @@ def test_a_model_folder_that_is_of_no_use_gets_one_line(tmp_path, capsys, chat_f
     config.write_text(config.read_text().replace('"max_position_embeddings": 2048', '"max_position_embeddings": 8'))
     fails(capsys, "context of 8 tokens", args=args)
     (Path(chat_folder) / "model.safetensors").write_bytes(b"cut short")
-    fails(capsys, "--model", "cannot be loaded", args=args)
+    fails(capsys, "--model", "cannot be used", args=args)
     config.unlink()
-    fails(capsys, "--model", "cannot be loaded", args=args)
+    fails(capsys, "--model", "cannot be used", args=args)
 
 
 def test_a_broken_resume_folder_gets_one_line(tmp_path, capsys, folder):

@@ -36,11 +36,11 @@ def test_allowances_by_hand(cap, thoughts, room, allowance):
 # --- Eq. 2: what is appended ---------------------------------------------------------------------
 def drive(tokens, allowance, action_cap, mark):
     """Sample `tokens` one by one until the turn ends: the answer, and which of its tokens were appended."""
-    ids = forced_tokens([], allowance, action_cap, mark, END)
+    ids = forced_tokens([], allowance, action_cap, mark, [END, 98])
     put, tokens = [1] * len(ids), list(tokens)
     while tokens and ids[-1:] != [END]:
         ids = [*ids, tokens.pop(0)]
-        new = forced_tokens(ids, allowance, action_cap, mark, END)
+        new = forced_tokens(ids, allowance, action_cap, mark, [END, 98])
         ids, put = ids + new, put + [0] + [1] * len(new)
     return ids, put
 
@@ -275,13 +275,14 @@ def test_a_later_turn_sees_actions_and_only_without_dropping_thoughts(game):
     """Every prompt written out; the marks and thoughts of earlier turns are gone, or all there."""
     policy, shorter = game.policy, 0
     for episode, k, turn in game.turns:
-        expected = list(policy.head)
+        expected, opening = list(policy.head.ids), policy.head.text
         for old in episode.turns[:k]:
             shown = game.split(old)[1] if game.args.drop_thoughts else old.token_ids
-            expected += policy.encode(old.observation) + policy.tail + shown
-            expected += [policy.end_id] * (shown[-1:] != [policy.end_id]) + policy.between
+            expected += policy.encode(opening + old.observation) + policy.tail + shown
+            expected += [policy.end_id] * (shown[-1:] != [policy.end_id]) + policy.between.ids
+            opening = policy.between.text
             shorter += len(old.token_ids) > len(shown)
-        assert game.context(episode, k) == expected + policy.encode(turn.observation) + policy.tail
+        assert game.context(episode, k) == expected + policy.encode(opening + turn.observation) + policy.tail
         assert turn.starts_row == (k == 0 or game.args.drop_thoughts)
     assert (shorter > 10) == game.args.drop_thoughts
 
@@ -344,7 +345,7 @@ def hand_made(policy, drop):
     so, end, encode = policy.encode(" so"), [policy.end_id], policy.encode
 
     def turn(observation, ids, forced, first):
-        prompt = policy.head * first + policy.between * (not first) + encode(observation) + policy.tail
+        prompt = policy.head.ids * first + policy.between.ids * (not first) + encode(observation) + policy.tail
         return Turn(observation, "", prompt, first or drop, ids, [0.0] * len(ids), forced)
     one = [turn("hops 2 page 1 1 1", encode("sum 1 2") + so + encode(" go 3") + end, {3}, True),
            turn("page 0 1 1", encode("sum 0 1 2") + so + encode(" go 2") + end, {7}, False)]

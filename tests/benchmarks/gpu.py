@@ -96,7 +96,7 @@ class Timed(Decoder):
 @torch.no_grad()
 def decode(policy: Policy, batch: int):
     """Answers of ANSWER tokens to prompts of PROMPT tokens; the seconds of the answers only."""
-    policy.end_id = -1  # no answer ends early
+    policy.end_ids = []  # no answer ends early
     decoder, uniforms = Timed(policy, batch), torch.rand(batch, ANSWER + 1, dtype=torch.double)
     rows, turns = [[7] * PROMPT for _ in range(batch)], [Turn("", "") for _ in range(batch)]
     sample_answers(decoder, rows, turns, [ANSWER + 1] * batch, uniforms, 1.0)
