@@ -78,8 +78,14 @@ def plain_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, tokenize
     blank = re.compile(r"[\s▁]*")  # runs of spaces are added tokens in some tokenizers
     markup = {number: token for number, token in tokenizer.added_tokens_decoder.items()
               if not blank.fullmatch(token.content)}
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] not in markup]
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    core, kept = json.loads(tokenizer.backend_tokenizer.to_str()), []
+    for token in core["added_tokens"]:
+        if token["id"] not in markup:
+            kept.append(token)
+        elif token["content"] not in words:  # keeps its place, so that the others keep theirs
+            kept.append(token | {"content": f"\U0010ffff{token['id']}"})  # occurs nowhere
+    core["added_tokens"] = kept
     core["truncation"] = core["padding"] = None
     text = json.dumps(core).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     plain = tokenizers.Tokenizer.from_str(text)
@@ -283,7 +289,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
         folder = tiny_folder(args, env, history_turns)
     try:
         template_kwargs = dict(json.loads(args.template_kwargs))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         stop(f"--template-kwargs {args.template_kwargs}: {reason(error)}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -1,7 +1,5 @@
-"""Pretrained chat models: four chat formats, each in a locally saved random model with a byte-level tokenizer.
-
-The templates are written here in the manner of the model families; none is a copy.
-"""
+"""Pretrained chat models: chat formats in the manner of model families (none is a copy) and their tokenizers, each in a
+locally saved random model."""
 
 import dataclasses
 import importlib
@@ -86,23 +84,28 @@ def conversation(form: Format, instructions: str, pairs: list[tuple[str, str]], 
     return chat
 
 
-@pytest.mark.parametrize("instructions", ["", "Play well."])
-def test_the_history_is_token_for_token_what_the_template_renders(form, instructions, started):
-    """Three turns: append-only rows equal one rendering of the whole dialogue. Mistral's space before an answer
-    is the model's to sample."""
-    tokenizer = tokenizer_of(form)
-    policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", instructions)
+def history(policy, form, words, started, instructions=""):
+    """A played row and, as the tokenizer reads it, what the template makes of the same dialogue."""
     envs, [episode] = started(LAKE, [5])
-    pairs = []
-    for word in ("left", "jump", "up"):
-        sampled = " " + word if form is FORMATS["mistral"] else word
+    pairs, row = [], []
+    for word in words:
         ids, starts_row = policy.prompt(episode)
-        turn = Turn(episode.observation, sampled, ids, starts_row, [*policy.encode(sampled), policy.end_id])
+        turn = Turn(episode.observation, word, ids, starts_row, [*policy.spell(word)[0], policy.end_id])
         chat = conversation(form, instructions, pairs, episode.observation)
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert ([] if starts_row else episode.row()) + ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        rendered = policy.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        row = ([] if starts_row else episode.row()) + ids
         pairs.append((episode.observation, word))
         episode.answer(envs[0], turn)
+    return row, policy.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("instructions", ["", "Play well."])
+def test_the_history_is_token_for_token_what_the_template_renders(form, instructions, started):
+    """Three turns: append-only rows equal one rendering of the whole dialogue."""
+    tokenizer = tokenizer_of(form)
+    policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", instructions)
+    row, rendered = history(policy, form, ("left", "jump", "up"), started, instructions)
+    assert row == rendered
 
 
 def test_a_sampled_end_is_trained_a_forced_one_is_not_and_the_rest_of_the_markup_never(form, started, monkeypatch):

@@ -126,16 +126,19 @@ def test_invariances():
 # --- Eq. 1, 2: the belief ------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["llama", "qwen3", "sliding window"])
+@pytest.fixture(params=["llama", "qwen3", "mistral", "mixtral", "starcoder2", "phi3"])
 def policy(request):
-    """A random chat model with a token for every byte; the window is not in config.layer_types."""
+    """A random chat model with a token for every byte; a window is not in config.layer_types."""
     tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
-    if request.param != "sliding window":
+    if request.param in ("llama", "qwen3"):
         return Policy(random_model(request.param, len(tokenizer)), tokenizer, "cpu")
     torch.manual_seed(0)
-    return Policy(transformers.MistralForCausalLM(transformers.MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, sliding_window=8)), tokenizer, "cpu")
+    more = {"mixtral": {"num_local_experts": 2, "num_experts_per_tok": 2}}.get(request.param, {})
+    config = transformers.AutoConfig.for_model(
+        request.param, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, sliding_window=8, pad_token_id=None, **more)
+    assert not getattr(config, "layer_types", None)
+    return Policy(transformers.AutoModelForCausalLM.from_config(config), tokenizer, "cpu")
 
 
 def say(policy, env, episode, text):
