@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from envs.episodes import Episode, Turn, demonstrations
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
-    DEMONSTRATE, RunArgs, collate, make_envs, micro_batches, optimizer_step, quiet, random_stream,
-    rank, reason, rollout, stop, token_logprobs, world_size,
+    DEMONSTRATE, RunArgs, all_reduce_sum, collate, make_envs, micro_batches, optimizer_step, quiet,
+    random_stream, rank, reason, rollout, stop, token_logprobs, world_size,
 )
 
 transformers.utils.logging.disable_progress_bar()
@@ -110,6 +111,7 @@ class Policy:
 
     history_turns: int | None = None
     max_turn_tokens = 8
+    warned = False  # of an observation that is too long
 
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False,
                  **template_kwargs):
@@ -234,6 +236,20 @@ class Policy:
             opening = self.between
         return ids + self.show(opening, episode.observation), True
 
+    def check_room(self, env: gym.Env, episodes: list[Episode]):
+        """Warn once if a first observation left no room for an answer; stop if all of them did."""
+        played = all_reduce_sum(torch.tensor(sum(len(e.turns) for e in episodes)))
+        unread = next((e for e in episodes if not e.turns), None)
+        if unread is None or (played and self.warned):
+            return
+        self.warned, tokens = True, len(self.prompt(unread)[0])
+        line = (f"environment {type(env.unwrapped).__name__}, seed {unread.seed}: with its first "
+                f"observation of {len(unread.observation)} characters the prompt has {tokens} "
+                f"tokens; that leaves no room to answer in a context of {self.context_length}")
+        if not played:
+            stop(line)
+        print(f"warning: {line}; such episodes count as failures", file=sys.stderr)
+
     def remember(self, turn: Turn) -> list[int]:
         """What a later row shows of an earlier answer: all of it."""
         return turn.token_ids
@@ -340,8 +356,8 @@ def largest_difference(policy: Policy) -> float:
     envs = [Rehearsal(text, turns) for text, turns in zip(texts, (2, 1, 3), strict=True)]
     episodes = [Episode(0, text) for text in texts]
     rollout(policy, envs, episodes, [random_stream(i) for i in range(3)], 3, temperature=1.0)
-    largest = 0.0
-    for some in (episodes, *([episode] for episode in episodes if episode.turns)):
+    largest, played = 0.0, [episode for episode in episodes if episode.turns]
+    for some in (played, *([episode] for episode in played)) if played else ():
         batch = collate(some, policy.device)
         with torch.no_grad():
             logprobs, _ = token_logprobs(policy, batch, temperature=1.0)
@@ -388,8 +404,8 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     episodes = []
     try:
         for seed in tqdm.tqdm(seeds, "demonstrations", disable=quiet(), leave=False):
-            episodes += demonstrations(env, [seed], args.max_turns, rng)
-            check_lengths(episodes[-1], args.env_id)
+            episodes += (played := demonstrations(env, [seed], args.max_turns, rng))
+            check_lengths(played, args.env_id)
     except NotImplementedError as error:
         stop(f"--env-id {args.env_id}: {error}; give --model <folder or hub id>")
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
@@ -416,9 +432,9 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     return folder
 
 
-def check_lengths(episode: Episode, env_id: str):
+def check_lengths(episodes: list[Episode], env_id: str):
     """Stop at a demonstration that is shown more than the tiny model can read."""
-    for k, turn in enumerate(episode.turns):
+    for episode, k, turn in ((e, k, turn) for e in episodes for k, turn in enumerate(e.turns)):
         tokens = len(re.findall(TINY_PIECES, turn.observation))  # at least
         if tokens > TINY_CONTEXT:
             stop(f"--env-id {env_id}, seed {episode.seed}, turn {k}: an observation of "

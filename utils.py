@@ -313,9 +313,7 @@ def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs,
     episodes = rollout(policy, envs, start_episodes(envs, [seeds[i] for i in share]),
                        [random_stream(args.seed, SAMPLE, iteration, i) for i in share],
                        args.max_turns, args.temperature)
-    if not all_reduce_sum(torch.tensor(sum(len(e.turns) for e in episodes))):
-        stop(f"no prompt leaves room to answer in the model's context of {policy.context_length} "
-             "tokens")
+    policy.check_room(envs[0], episodes)
     refresh_logprobs(policy, episodes, args)
     return episodes
 

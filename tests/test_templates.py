@@ -1,5 +1,7 @@
 """Templates and tokenizers that people bring: what the policy reads, where an answer ends, what it says to the game."""
 
+import dataclasses
+import datetime
 import json
 import re
 
@@ -12,6 +14,7 @@ import policies
 from conftest import CHATML, Script, byte_tokenizer, random_model, random_policy, streams
 from envs.episodes import Episode, Turn
 from policies import Policy, load_policy, plain_tokenizer, tiny_folder
+from run_folder import Run
 from test_chat_formats import FORMATS, Format, history
 from utils import RunArgs, collate, rollout
 from words import Words
@@ -66,6 +69,30 @@ def test_template_kwargs_reach_the_template(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             load_policy(RunArgs(model=str(tmp_path / "chat"), template_kwargs=text))
         assert capsys.readouterr().err.startswith(f"error: --template-kwargs {text}: ")
+
+
+def test_a_resumed_run_keeps_the_date_in_its_prompts(tmp_path, monkeypatch):
+    """A template that prints the date: the head of a conversation is kept in the checkpoint."""
+    dated = CHATML.replace("{% for", "{{ '<|im_start|>today is ' + strftime_now('%Y-%m-%d') + '\\n' }}{% for", 1)
+    policy_of(dated).save(tmp_path / "chat")
+
+    class Clock(datetime.datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2030, 1, cls.day)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    args = RunArgs(model=str(tmp_path / "chat"), run_dir=str(tmp_path), eval_episodes=2)
+    policy, run = load_policy(args), Run(args, "ms_grpo")
+    run.rows = [{"iteration": 1}]
+    run.save(policy)
+    (run.folder / "metrics.csv").write_text("iteration\n1\n")
+    Clock.day = 2
+    later = load_policy(args)
+    assert "2030-01-01" in first_prompt(policy) and "2030-01-02" in first_prompt(later)
+    Run(dataclasses.replace(args, resume=str(run.folder)), "ms_grpo").restore(later)
+    assert later.head == policy.head and first_prompt(later) == first_prompt(policy)
 
 
 # --- thoughts --------------------------------------------------------------------------------------
@@ -273,3 +300,19 @@ def test_the_warm_start_pads_only_the_rows_of_a_step(monkeypatch, tmp_path):
     monkeypatch.setattr(policies, "WARM_START_ROWS", 8)
     folder = tiny_folder(RunArgs(env_id="mine/Words-v0", warm_start_steps=3, max_turns=4), Words(), 0)
     assert sizes == [8, 8, 8] and json.loads((folder / "config.json").read_text())["hidden_size"] == 64
+
+
+def test_a_first_observation_without_room_is_warned_of_once_and_all_of_them_stop(capsys):
+    policy, game = random_policy(), Words()
+    policy.context_length = 60
+    long, short = Episode(7, "x" * 70), Episode(8, "x", [Turn("x", "y")])
+    for _ in range(2):
+        policy.check_room(game, [short, long])
+    tokens = len(policy.prompt(long)[0])
+    assert tokens > 70 and capsys.readouterr().err == (
+        f"warning: environment Words, seed 7: with its first observation of 70 characters the prompt has {tokens} tokens; "
+        "that leaves no room to answer in a context of 60; such episodes count as failures\n")
+    policy.check_room(game, [short])
+    with pytest.raises(SystemExit, match="2"):
+        policy.check_room(game, [long])
+    assert "error: environment Words, seed 7: " in capsys.readouterr().err
