@@ -245,7 +245,7 @@ class Policy:
         self.warned, tokens = True, len(self.prompt(unread)[0])
         line = (f"environment {type(env.unwrapped).__name__}, seed {unread.seed}: with its first "
                 f"observation of {len(unread.observation)} characters the prompt has {tokens} "
-                f"tokens; that leaves no room to answer in a context of {self.context_length}")
+                f"tokens; too much to answer in a context of {self.context_length} tokens")
         if not played:
             stop(line)
         print(f"warning: {line}; such episodes count as failures", file=sys.stderr)

@@ -311,7 +311,7 @@ def test_a_first_observation_without_room_is_warned_of_once_and_all_of_them_stop
     tokens = len(policy.prompt(long)[0])
     assert tokens > 70 and capsys.readouterr().err == (
         f"warning: environment Words, seed 7: with its first observation of 70 characters the prompt has {tokens} tokens; "
-        "that leaves no room to answer in a context of 60; such episodes count as failures\n")
+        "too much to answer in a context of 60 tokens; such episodes count as failures\n")
     policy.check_room(game, [short])
     with pytest.raises(SystemExit, match="2"):
         policy.check_room(game, [long])

@@ -444,7 +444,7 @@ def test_turn_limits_come_from_a_pilot_and_stay(tmp_path, calls):
 
 
 @pytest.mark.parametrize("flags,needle", [
-    ({"group_size": 1}, "--group-size"), ({"context_limit": 8}, "leaves no room to answer in a context of 8"),
+    ({"group_size": 1}, "--group-size"), ({"context_limit": 8}, "too much to answer in a context of 8 tokens"),
     ({"end_percentile": 101.0}, "--end-percentile"), ({"start_percentile": 101.0}, "--start-percentile")])
 def test_bad_flags_get_one_line(flags, needle, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
