@@ -367,22 +367,22 @@ def collate(episodes: list[Episode], device: torch.device,
 
 def turn_table(episodes: list[Episode], value: Callable[[Turn], float],
                device: torch.device) -> tuple[Tensor, Tensor]:
-    """A number per turn as (E, K), 0 after the end, and the mask (E, K) of the turns played."""
+    """A number per turn, (E, K) in double, 0 after the end; the mask (E, K) of turns played."""
     width = max((len(e.turns) for e in episodes), default=1) or 1
     rows = [[float(value(t)) for t in e.turns] + [0.0] * (width - len(e.turns)) for e in episodes]
     played = torch.tensor([len(e.turns) for e in episodes], device=device)
     mask = torch.arange(width, device=device) < played[:, None]
-    return torch.tensor(rows, device=device).reshape(len(episodes), width), mask
+    return torch.tensor(rows, dtype=torch.double, device=device).reshape(-1, width), mask
 
 
 def expand_to_tokens(turn_values: Tensor, turn_id: Tensor, episode_id: Tensor) -> Tensor:
-    """turn_values (E, K), turn_id (B, T), episode_id (B,) -> (B, T), 0 where turn_id is -1.
+    """turn_values (E, K), turn_id (B, T), episode_id (B,) -> fp32 (B, T), 0 where turn_id is -1.
 
     >>> turn_id = torch.tensor([[-1, 0, 0, -1, 1]])  # two observations, an answer after each
     >>> expand_to_tokens(torch.tensor([[0.5, -2.0]]), turn_id, torch.tensor([0]))
     tensor([[ 0.0000,  0.5000,  0.5000,  0.0000, -2.0000]])
     """
-    values = turn_values[episode_id].gather(1, turn_id.clamp(min=0))  # (B, T)
+    values = turn_values.float()[episode_id].gather(1, turn_id.clamp(min=0))  # (B, T)
     return torch.where(turn_id >= 0, values, 0.0)
 
 

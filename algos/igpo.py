@@ -97,7 +97,7 @@ def information_gain(beliefs: Tensor, turn_mask: Tensor) -> Tensor:
 def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int = 1) -> Tensor:
     """Scores relative to the mean of their group, in units of its std. Eq. 4
 
-    scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of scores equal to 1e-6
+    scores (N,), group_id (N,) -> (N,); 0 in a group of one or of scores within 1e-6 (1 + |max|)
 
     >>> group_relative_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 0.8660, -0.8660, -0.8660,  0.8660])
@@ -106,7 +106,7 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int 
     for group in group_id.unique():
         members = group_id == group
         values = scores[members]
-        if len(values) > 1 and values.max() - values.min() > 1e-6:  # sums of floats may differ
+        if not torch.allclose(values, values.max(), 1e-6, 1e-6):  # sums of floats are rounded
             std = values.std(correction=correction)
             advantages[members] = (values - values.mean()) / (std + 1e-6)
     return advantages
@@ -129,7 +129,7 @@ def turn_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_id: T
     last[:, :-1] &= ~turn_mask[:, 1:]  # (E, K) the last turn of every episode
     raw = torch.where(last, outcomes[:, None], gains)
     pool = group_id[:, None] * 2 + last  # a group's gains are one pool, its outcomes another
-    rewards = torch.zeros_like(gains)
+    rewards = torch.zeros_like(raw)
     rewards[turn_mask] = group_relative_advantages(raw[turn_mask], pool[turn_mask], correction=0)
     kept = {"both": turn_mask, "outcome": last, "information_gain": turn_mask & ~last}
     return torch.where(kept[reward_source], rewards, 0.0)
@@ -195,8 +195,8 @@ def beliefs_before_turns(policy: Policy, episodes: list[Episode], template: str,
                          args: Args) -> Tensor:
     """The belief in the right answer before every turn played, episode by episode. Eq. 1, 2
 
-    -> (N,), N turns in all. A row for every turn: its context, then the answer as if the policy had
-    given it there. The policy that sampled the turns is asked, at the temperature of the sampling.
+    -> (N,) in double, N turns in all. A row for every turn: its context, then the answer as if the
+    policy had given it there. The policy that sampled is asked, at the temperature of the sampling.
     """
     rows = []
     for episode in episodes:
@@ -209,7 +209,7 @@ def beliefs_before_turns(policy: Policy, episodes: list[Episode], template: str,
             context = context + turn.token_ids
     batch = collate(rows, policy.device)
     logprobs, _ = batch_logprobs(policy, batch, args)  # (N, T), 0 outside of the answer
-    means = logprobs.sum(1) / (batch["turn_id"] >= 0).sum(1)
+    means = logprobs.double().sum(1) / (batch["turn_id"] >= 0).sum(1)
     return means.exp() if args.belief == "prob" else means
 
 
@@ -219,7 +219,7 @@ def belief_metrics(beliefs: Tensor, gains: Tensor, outcomes: Tensor, turn_mask: 
     last = turn_mask.sum(1, keepdim=True).clamp(min=1) - 1
     table = all_gather(torch.stack([beliefs[:, 0], beliefs.gather(1, last)[:, 0], outcomes], 1))
     groups, gains = table[:, 2].view(-1, group_size), all_gather(gains[:, :-1][turn_mask[:, 1:]])
-    equal = groups.amax(1) - groups.amin(1) <= 1e-6
+    equal = torch.isclose(groups.amin(1), groups.amax(1), 1e-6, 1e-6)
     return {"groups_of_equal_outcome": equal.double().mean().item(),
             "belief_start": table[:, 0].nanmean().item(),
             "belief_end": table[:, 1].nanmean().item(),

@@ -71,7 +71,7 @@ class Args(RunArgs):
 def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int = 1) -> Tensor:
     """Scores relative to the mean of their group, in units of its std. Eq. 2
 
-    scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of scores equal to 1e-6
+    scores (N,), group_id (N,) -> (N,); 0 in a group of one or of scores within 1e-6 (1 + |max|)
 
     >>> group_relative_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 0.8660, -0.8660, -0.8660,  0.8660])
@@ -80,7 +80,7 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int 
     for group in group_id.unique():
         members = group_id == group
         values = scores[members]
-        if len(values) > 1 and values.max() - values.min() > 1e-6:  # sums of floats may differ
+        if not torch.allclose(values, values.max(), 1e-6, 1e-6):  # sums of floats are rounded
             std = values.std(correction=correction)
             advantages[members] = (values - values.mean()) / (std + 1e-6)
     return advantages

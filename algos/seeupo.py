@@ -95,34 +95,34 @@ class Args(RunArgs):
 # === 3. Advantages ===============================================================================
 @torch.no_grad()
 def task_reward(score: Tensor, garbage: Tensor) -> Tensor:
-    """What an episode's score is worth: a full score counts extra. Eq. 1
+    """What an episode's score is worth: a full score (to 1e-6) counts extra. Eq. 1
 
     score (E,) in [0, 1], garbage (E,) bool -> (E,)
 
     >>> task_reward(torch.tensor([1.0, 0.5, 0.5]), torch.tensor([False, False, True]))
     tensor([ 1.5000,  0.2500, -1.0000])
     """
-    return torch.where(garbage, -1.0, torch.where(score >= 1, 1 + 0.5 * score, 0.5 * score))
+    return torch.where(garbage, -1.0, torch.where(score >= 1 - 1e-6, 1 + 0.5 * score, 0.5 * score))
 
 
 @torch.no_grad()
 def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std") -> Tensor:
     """Rewards relative to their group's mean, divided by the std of the batch. Eq. 2
 
-    rewards (E,) of all processes, groups are neighbours -> (E,); exactly 0 in a group of equals.
-    The scale none does not divide, and group_std divides by the std of the group.
+    rewards (E,) of all processes, groups are neighbours -> (E,); exactly 0 in a group of rewards
+    within 1e-6 (1 + |max|). none does not divide, group_std divides by the std of the group.
 
     >>> rewards = torch.tensor([1.5, 0.0, 0.0, 1.25, 0.75, 0.25, 0.5, 0.5, 0.5])
     >>> scaled_advantages(rewards, group_size=3)  # means 0.5, 0.75, 0.5; std of what is left 0.5
     tensor([ 2., -1., -1.,  1.,  0., -1.,  0.,  0.,  0.])
     """
     groups = rewards.view(-1, group_size)
-    differ = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) > 1e-6
-    centred = torch.where(differ, groups - groups.mean(1, keepdim=True), 0.0)
+    equal = torch.isclose(groups, groups.amax(1, keepdim=True), 1e-6, 1e-6).all(1, keepdim=True)
+    centred = torch.where(equal, 0.0, groups - groups.mean(1, keepdim=True))
     if scale == "group_std":
         centred = centred / (groups.std(1, keepdim=True) + 1e-6)
     std = centred.std()
-    return (centred / std if scale == "batch_std" and std > 1e-6 else centred).flatten()
+    return (centred / std if scale == "batch_std" and std > 0 else centred).flatten()
 
 
 def turn_order(num_turns: int, order: str, rng: np.random.Generator) -> list[list[int]]:
@@ -260,8 +260,8 @@ def main(args: Args) -> dict[str, float]:
             batch = collate(episodes, policy.device)
 
             # 2. score
-            scores, garbage = all_gather(torch.tensor(
-                [[e.total_reward, bool(e.info.get("garbage"))] for e in episodes])).T
+            scored = [(e.total_reward, bool(e.info.get("garbage"))) for e in episodes]
+            scores, garbage = all_gather(torch.tensor(scored, dtype=torch.double)).T
             rewards = task_reward(scores.to(policy.device), garbage.bool().to(policy.device))
 
             # 3. advantages (E,)
@@ -273,7 +273,7 @@ def main(args: Args) -> dict[str, float]:
             # 4. update: one step per turn, and the weights for the next one
             updates, running = [], torch.ones_like(advantages)  # (E,) M / A
             lengths = all_gather(torch.tensor([len(e.turns) for e in episodes]))
-            credit = torch.zeros(len(episodes), int(lengths.max()), device=policy.device)  # M
+            credit = advantages.new_zeros(len(episodes), int(lengths.max()))  # (E, K) M
             rng = random_stream(args.seed, DRAW, iteration)
             for turns in turn_order(credit.shape[1], args.order, rng):
                 rows = rows_of_turns(batch, turns)

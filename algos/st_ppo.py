@@ -98,7 +98,7 @@ def place_turn_rewards(turn_rewards: Tensor, turn_id: Tensor) -> Tensor:
     """
     following = torch.nn.functional.pad(turn_id[:, 1:], (0, 1), value=-1)  # the next token's turn
     last = (turn_id >= 0) & (turn_id != following)
-    return torch.where(last, turn_rewards.gather(1, turn_id.clamp(min=0)), 0.0)
+    return torch.where(last, turn_rewards.float().gather(1, turn_id.clamp(min=0)), 0.0)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ class Args(RunArgs):
 def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int = 1) -> Tensor:
     """Scores relative to the mean of their group, in units of its std. Eq. 2
 
-    scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of scores equal to 1e-6
+    scores (N,), group_id (N,) -> (N,); 0 in a group of one or of scores within 1e-6 (1 + |max|)
 
     >>> group_relative_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 0.8660, -0.8660, -0.8660,  0.8660])
@@ -101,7 +101,7 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int 
     for group in group_id.unique():
         members = group_id == group
         values = scores[members]
-        if len(values) > 1 and values.max() - values.min() > 1e-6:  # sums of floats may differ
+        if not torch.allclose(values, values.max(), 1e-6, 1e-6):  # sums of floats are rounded
             std = values.std(correction=correction)
             advantages[members] = (values - values.mean()) / (std + 1e-6)
     return advantages
@@ -242,9 +242,9 @@ def number_nodes(episodes: list[Episode], batch: dict[str, Tensor]) -> Tensor:
 
 def tree_metrics(trees: list[list[Episode]], group_id: Tensor, credit: Tensor) -> dict[str, float]:
     """Measures what the trees cost and which of them teach something, over all processes."""
-    spread = all_gather(torch.tensor([
-        max(e.total_reward for e in tree) - min(e.total_reward for e in tree) for tree in trees]))
-    signal = torch.zeros(int(group_id.max()) + 1, device=credit.device)
+    scores = [torch.tensor([e.total_reward for e in tree], dtype=torch.double) for tree in trees]
+    equal = all_gather(torch.tensor([torch.allclose(x, x.max(), 1e-6, 1e-6) for x in scores]))
+    signal = credit.new_zeros(int(group_id.max()) + 1)
     signal = all_gather(signal.scatter_reduce(0, group_id, credit.abs().amax(1), "amax"))
     turns = [turn for tree in trees for episode in tree for turn in episode.turns]
     nodes = {id(turn): turn for turn in turns}.values()
@@ -252,7 +252,7 @@ def tree_metrics(trees: list[list[Episode]], group_id: Tensor, credit: Tensor) -
         len(group_id), sum(turn.num_sampled for turn in turns),
         sum(turn.num_sampled for turn in nodes)])).tolist()
     return {"groups_without_signal": (signal == 0).double().mean().item(),
-            "trees_without_signal": (spread <= 1e-6).double().mean().item(),
+            "trees_without_signal": equal.double().mean().item(),
             "leaves_per_1000_tokens": 1000 * leaves / max(sampled, 1),
             "row_tokens_per_sampled": in_rows / max(sampled, 1)}
 

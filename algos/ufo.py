@@ -132,7 +132,7 @@ def repetition_penalty(num_answers: Tensor, num_distinct: Tensor, coefficient: f
 def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int = 1) -> Tensor:
     """Scores relative to the mean of their group, in units of its std. Eq. 4
 
-    scores (N,), group_id (N,) -> (N,); exactly 0 in a group of one or of scores equal to 1e-6
+    scores (N,), group_id (N,) -> (N,); 0 in a group of one or of scores within 1e-6 (1 + |max|)
 
     >>> group_relative_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 0.8660, -0.8660, -0.8660,  0.8660])
@@ -141,7 +141,7 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int 
     for group in group_id.unique():
         members = group_id == group
         values = scores[members]
-        if len(values) > 1 and values.max() - values.min() > 1e-6:  # sums of floats may differ
+        if not torch.allclose(values, values.max(), 1e-6, 1e-6):  # sums of floats are rounded
             std = values.std(correction=correction)
             advantages[members] = (values - values.mean()) / (std + 1e-6)
     return advantages
@@ -182,15 +182,15 @@ def allow_answers(args: Args, count: int) -> Args:
 def answer_table(episodes: list[Episode]) -> Tensor:
     """What the scores and retry_metrics need to know of every episode.
 
-    -> (E, 6): turn of the right answer (from 1; inf if there is none), number of turns, of answers,
-    of distinct answers, of malformed turns, of answers that are candidates of the problem
+    -> (E, 6) in double: turn of the right answer (from 1; inf if there is none), number of turns,
+    of answers, of distinct answers, of malformed turns, of answers that are candidates
     """
     answers = [[turn.info["submitted"] for turn in e.turns] for e in episodes]
     num_turns = [len(e.turns) for e in episodes]
     right = [n if e.success else float("inf") for n, e in zip(num_turns, episodes, strict=True)]
     in_range = [sum(turn.info.get("in_range", False) for turn in e.turns) for e in episodes]
     columns = [torch.tensor(x).float() for x in (right, num_turns, in_range)]
-    return torch.stack([*columns[:2], *count_answers(answers), columns[2]], dim=1)
+    return torch.stack([*columns[:2], *count_answers(answers), columns[2]], dim=1).double()
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def retry_metrics(table: Tensor, max_turns: int) -> dict[str, float]:
     mean D / N of episodes with several answers; identical_failure is the share of the failures
     among them in which all answers were the same.
     """
-    right, num_turns, num_answers, num_distinct, num_malformed, in_range = table.double().T
+    right, num_turns, num_answers, num_distinct, num_malformed, in_range = table.T
     several = num_answers >= 2
     failures = several & ~right.isfinite()
     within = {f"success_at_{k}": (right <= k).double().mean() for k in range(1, max_turns + 1)}

@@ -239,6 +239,9 @@ def test_the_columns_of_the_belief_by_hand():
     got = belief_metrics(beliefs, information_gain(beliefs, mask), torch.tensor([1.0, 0, 0, 0]), mask, 2)
     assert got == pytest.approx({"groups_of_equal_outcome": 0.5, "belief_start": (-3 - 2 - 3) / 3,
                                  "belief_end": (-1 - 2 - 2.5) / 3, "gain_mean": (-1 + 3 + 0.5) / 3})
+    outcomes = torch.tensor([6.1e7 + 4, 6.1e7, 1000.5, 1000.0, 1e-3, 0.0], dtype=torch.double)
+    beliefs, mask = table([[-3.0]] * 6)
+    assert belief_metrics(beliefs, 0 * beliefs, outcomes, mask, 2)["groups_of_equal_outcome"] == pytest.approx(1 / 3)
     beliefs, mask = table([[-3.0], [-2.0]])
     assert belief_metrics(beliefs, 0 * beliefs, torch.zeros(2), mask, 2)["gain_mean"] == 0.0
 

@@ -3,6 +3,8 @@
 Advantages, the clipped loss, the KL estimate, returns and updates against slow loops, expectations, finite differences.
 """
 
+import csv
+import importlib
 import itertools
 import math
 from types import SimpleNamespace
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from algos import igpo, ms_grpo, turn_budget, ufo
+from algos import igpo, ms_grpo, seeupo, tree_grpo, turn_budget, ufo
 from algos.ms_grpo import group_relative_advantages, kl_policy_ref_k3, policy_loss
 from conftest import KeepGradient, streams
-from envs.episodes import start_episodes
+from envs.episodes import Episode, Turn, start_episodes
 from policies import Policy
-from utils import collate, make_envs, micro_batches, rollout
+from utils import collate, make_envs, micro_batches, rollout, turn_table
 
 # --- advantages relative to a group ----------------------------------------------------------------
 def relative(scores, group=None, correction=1):
@@ -85,6 +87,87 @@ def test_the_expected_gradient_points_at_success(size):
         total -= chance * torch.autograd.grad(loss, logit)[0].item()
         expected += chance * math.sqrt(s * (size - s) * (size - 1) / size) / size
     assert total == pytest.approx(expected, abs=1e-5) and expected > 0.1
+
+
+# --- equal returns whose rewards came in another order -----------------------------------------------
+CPU = torch.device("cpu")
+
+
+def seeupo_advantages(scale):
+    return lambda rewards, mask, group: seeupo.scaled_advantages(
+        seeupo.task_reward(rewards.sum(1), torch.zeros(len(rewards)).bool()), len(rewards), scale)
+
+
+ADVANTAGES = {  # what each script makes of the rewards (E, K) of one group
+    "ms_grpo": lambda rewards, mask, group: ms_grpo.turn_advantages(rewards, mask, group, "episode"),
+    "ufo": lambda rewards, mask, group: ufo.group_relative_advantages(rewards.sum(1), group),
+    "turn_budget": lambda rewards, mask, group: turn_budget.group_relative_advantages(rewards.sum(1), group),
+    "igpo": lambda rewards, mask, group: igpo.turn_returns(igpo.turn_rewards(
+        torch.zeros_like(rewards), rewards.sum(1), mask, group, "outcome"), mask, 1.0),
+    "tree_grpo": lambda rewards, mask, group: tree_grpo.tree_advantages(rewards.sum(1), torch.arange(len(rewards)) // 2, group),
+    **{f"seeupo {scale}": seeupo_advantages(scale) for scale in ("batch_std", "none", "group_std")}}
+
+
+def advantages_of(script, rows):
+    """The advantages of the first turns of one group of episodes that earned these rewards."""
+    episodes = [Episode(0, "", [Turn("", "", reward=r) for r in row]) for row in rows]
+    rewards, mask = turn_table(episodes, lambda turn: turn.reward, CPU)
+    got = ADVANTAGES[script](rewards, mask, torch.zeros(len(rows), dtype=torch.long))
+    return (got if got.dim() == 1 else got[:, 0]).tolist()
+
+
+@pytest.mark.parametrize("rewards", [
+    [10.1, 20.2, 30.3, 0.4], [1000.1, -1000.3, 0.1, 0.2], [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, -0.7, 0.4]], ids=str)
+@pytest.mark.parametrize("script", ADVANTAGES)
+def test_rewards_in_another_order_give_the_same_return(script, rewards):
+    """In single precision returns of the first are 61 or 61.0000038, of the second 0.09996 to 0.10000. The third is a full
+    score, which adds up to 0.9999999999999999 in some orders, the last is 0 or 1e-16: no relative tolerance covers that."""
+    orders = [list(order) for order in itertools.permutations(rewards)]
+    assert len({sum(order) for order in orders}) > 1 and advantages_of(script, orders) == [0.0] * 24
+
+
+@pytest.mark.parametrize("script", ADVANTAGES)
+def test_returns_that_an_environment_added_up_in_single_precision_are_equal(script):
+    """It pays what its score has grown by; the score is about 6e7, where floats are 4 apart."""
+    def paid(order):
+        scores = np.cumsum(np.array([0.0, *order], dtype=np.float32), dtype=np.float32).astype(float)
+        return np.diff(scores).tolist()
+    rows = [paid(order) for order in itertools.permutations([10123456.7, 20234567.8, 30345678.9, 456789.1])]
+    returns = {sum(row) for row in rows}
+    assert max(returns) - min(returns) >= 4 and advantages_of(script, rows) == [0.0] * 24
+
+
+@pytest.mark.parametrize("high,low", [(0.001, 0.0), (1000.5, 1000.0), (-1000.0, -1000.5), (2e-5, 0.0)])
+@pytest.mark.parametrize("script", ADVANTAGES)
+def test_small_real_differences_survive(script, high, low):
+    """Two returns: half of their difference over a std that is 1 / sqrt(2) of it, or of the population 1 / 2."""
+    worth = lambda score: score / 2 + (score >= 1)  # noqa: E731  (SeeUPO's)
+    difference = worth(high) - worth(low) if script.startswith("seeupo") else high - low
+    half, std = difference / 2, difference / math.sqrt(2) + 1e-6
+    expected = {"igpo": half / (half + 1e-6), "tree_grpo": 2 * half / std, "seeupo none": half,
+                "seeupo batch_std": math.sqrt(0.5)}.get(script, half / std)
+    assert advantages_of(script, [[high], [low]]) == pytest.approx([expected, -expected], rel=1e-6)
+    assert advantages_of(script, [[low, high - low], [low, 0.0]]) == pytest.approx([expected, -expected], rel=1e-6)
+
+
+WHOLE_RUNS = {
+    "ms_grpo": {}, "turn_budget": {"context_limit": 1000}, "igpo": {"reward_source": "outcome"}, "tree_grpo": {"forks": 0},
+    "seeupo": {}}
+
+
+@pytest.mark.parametrize("script", WHOLE_RUNS)
+def test_a_run_has_nothing_to_learn_from_equal_returns(script, tmp_path):
+    """The game pays the same four rewards in an order that changes from episode to episode."""
+    module = importlib.import_module(f"algos.{script}")
+    module.main(module.Args(
+        env_id="words:tests/AnyOrder-v0", num_prompts=3, group_size=4, max_turns=4, max_turn_tokens=3, warm_start_steps=2,
+        num_iterations=1, eval_episodes=1, print_samples=0, run_dir=str(tmp_path), **WHOLE_RUNS[script]))
+    [path] = tmp_path.glob("*/metrics.csv")
+    row = list(csv.DictReader(open(path)))[-1]
+    assert float(row["train_turns"]) == 4 and float(row["train_return"]) == pytest.approx(0.1)
+    assert float(row["optimizer_steps"]) == 0 and float(row["groups_without_signal"]) == 1
+    assert script != "igpo" or float(row["groups_of_equal_outcome"]) == 1
+    assert script != "seeupo" or float(row["task_reward"]) == pytest.approx(0.05, rel=1e-9), "in double"
 
 
 # --- the clipped loss ------------------------------------------------------------------------------

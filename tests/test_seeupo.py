@@ -52,6 +52,12 @@ def test_a_group_of_equals_stays_at_exactly_zero(scale):
     assert scaled_advantages(torch.tensor([0.7] * 6), 3, scale).tolist() == [0.0] * 6
 
 
+def test_the_smallest_difference_in_a_batch_is_scaled_as_any_other():
+    """One of 64 pairs differs, by 4e-6: it is +- 2e-6, over the std sqrt(2 / 127) 2e-6 of the batch."""
+    got = scaled_advantages(double([4e-6] + [0.0] * 127), 2).tolist()
+    assert got == pytest.approx([math.sqrt(63.5), -math.sqrt(63.5)] + [0.0] * 126)
+
+
 @pytest.mark.parametrize("size,expected", [(2, 0.105), (4, 0.1575)])
 def test_the_expected_gradient_of_one_turn_by_enumeration(size, expected):
     """Bernoulli(.3), reward = action: the true gradient is .21, of which (G - 1) / G remains."""

@@ -164,6 +164,7 @@ def test_a_turn_is_rewarded_at_its_last_sampled_token():
     turn_id = torch.tensor([[-1, 0, 0, -1, 1, 2], [0, -1, -1, 1, 1, -1], [-1] * 6])
     rewards = torch.tensor([[1.0, 2, 4], [8, 0, 5], [1, 1, 1]])
     assert place_turn_rewards(rewards, turn_id).tolist() == [[0, 0, 1, 0, 2, 4], [8, 0, 0, 0, 0, 0], [0] * 6]
+    assert place_turn_rewards(rewards.double(), turn_id).dtype == torch.float32, "of tokens, as what the critic gives"
 
 
 def test_the_loss_of_the_critic_by_hand():

@@ -271,6 +271,17 @@ def test_the_metrics_of_trees_by_hand():
         "row_tokens_per_sampled": 92 / 78})
 
 
+@pytest.mark.parametrize("high,low,silent", [
+    (sum([0.4, 30.3, 20.2, 10.1]), sum([10.1, 20.2, 30.3, 0.4]), 1), (6.1e7 + 4, 6.1e7, 1), (1000.0001, 1000.0, 1),
+    (1000.5, 1000.0, 0), (-1000.0, -1000.5, 0), (0.001, 0.0, 0), (1 + 1.97e-6, 1.0, 1), (1 + 2.03e-6, 1.0, 0)])
+def test_a_tree_teaches_something_where_its_leaves_differ_by_more_than_rounding(high, low, silent):
+    """As the advantages have it."""
+    leaves, zeros = [Episode(0, "", [Turn("", "", reward=x)]) for x in (high, low)], torch.zeros(2).long()
+    credit = tree_advantages(torch.tensor([high, low], dtype=torch.double), zeros, zeros)[:, None]
+    got = tree_metrics([leaves], zeros, credit)
+    assert got["trees_without_signal"] == got["groups_without_signal"] == silent
+
+
 # --- the update ----------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -314,7 +314,7 @@ def credits(iteration):
 
 
 SCORES = {  # answers of which 9 is right: R
-    "a": (["4"] * 5, -0.4), "b": (FIVE, 0), "c": ([" 2", "2 ", "9"], 0.083333), "d": (["9"], 1),
+    "a": (["4"] * 5, -0.4), "b": (FIVE, 0), "c": ([" 2", "2 ", "9"], 1 / 12), "d": (["9"], 1),
     "e": ([*FIVE[:4], "9"], 0.0625), "f": ([None, "9"], 0.9), "g": ([None, *["4"] * 4], -0.475),
     "h": (["A", "b", "a", "B ", "9"], -0.1375), "i": ([None] * 5, -0.5),
     "j": (["4", None, "4", "4", "4"], -0.475), "k": ([None, None, "9"], 0.8)}
@@ -325,7 +325,7 @@ def test_scores_and_advantages_by_hand(tmp_path, spy):
     answers, expected = zip(*SCORES.values(), strict=True)
     spy.play = play_answers([answers])
     _, logged = run(tmp_path, num_prompts=1, group_size=11, num_iterations=1, num_minibatches=1)
-    assert logged[1]["score"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert logged[1]["score"] == pytest.approx(np.mean(expected), abs=1e-12)
     got = {n: value for _, n, value in credits(spy.iterations[0])}
     relative = (expected - np.mean(expected)) / np.std(expected, ddof=1)
     assert [got[n] for n in range(11)] == pytest.approx(relative, abs=1e-4)

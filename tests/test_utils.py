@@ -407,6 +407,10 @@ def test_turn_table_pads_with_zero_and_knows_turns_of_zero_reward():
     episodes[0].turns[0].reward = 0.0
     table, mask = turn_table(episodes, lambda turn: turn.reward, CPU)
     assert table.tolist() == [[0, 2], [1, 0]] and mask.tolist() == [[True, True], [True, False]]
+    episodes[0].turns[1].reward = 0.1  # per turn it is 0.1 in double, per token in single precision
+    table, _ = turn_table(episodes, lambda turn: turn.reward, CPU)
+    tokens = collate(episodes, CPU, table)["advantages"]
+    assert table[0, 1].item() == 0.1 and tokens.dtype == torch.float32 and tokens.max(1)[0].tolist() == pytest.approx([0, 0.1, 1])
 
 
 def test_parts_of_a_batch_lose_only_padding_and_have_the_same_logprobs(chat_policy, started):

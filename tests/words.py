@@ -1,5 +1,6 @@
 """Games for tests, made the way somebody else would make them: named words:tests/Words-v0."""
 
+import itertools
 import os
 
 import gymnasium as gym
@@ -36,6 +37,21 @@ class Words(TextEnv):
 
     def demonstrate(self, rng):
         return "left"
+
+
+class AnyOrder(Words):
+    """Pays the same rewards in every episode, in an order that goes on from episode to episode."""
+
+    orders = itertools.cycle(itertools.permutations([1000.1, -1000.3, 0.1, 0.2]))
+
+    def reset(self, **kwargs):
+        self.rewards = list(next(self.orders))
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        observation, _, _, _, info = super().step(action)
+        self.ended = len(self.heard) == 4
+        return observation, self.rewards[len(self.heard) - 1], self.ended, False, info
 
 
 class FailsOnOneRank(Words):
@@ -88,6 +104,7 @@ class Faulty(TextEnv):
 
 
 gym.register("tests/Words-v0", entry_point=Words)
+gym.register("tests/AnyOrder-v0", entry_point=AnyOrder)
 gym.register("tests/FailsOnOneRank-v0", entry_point=FailsOnOneRank)
 gym.register("tests/YesOrNo-v0", entry_point=YesOrNo)
 gym.register("tests/Faulty-v0", entry_point=Faulty)

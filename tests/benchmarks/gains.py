@@ -39,9 +39,9 @@ def main(options: Options):
                         num_prompts=options.episodes)
             policy = load_policy(args)
             episodes = collect_groups(policy, make_envs(args, options.episodes), args, 0)
-            _, mask = turn_table(episodes, lambda turn: 0.0, policy.device)
+            table, mask = turn_table(episodes, lambda turn: 0.0, policy.device)
             for args.belief in ("log_prob", "prob"):
-                beliefs = torch.zeros(mask.shape)
+                beliefs = torch.zeros_like(table)
                 beliefs[mask] = beliefs_before_turns(policy, episodes, "answer {answer}", args)
                 for episode, row in zip(episodes, information_gain(beliefs, mask).tolist(), strict=True):
                     for turn, gain in zip(episode.turns[:-1], row, strict=False):
