@@ -190,7 +190,7 @@ class TurnCritic(torch.nn.Module):
         self.trunk = copy.deepcopy(policy.model.base_model)
         self.trunk.layers = self.trunk.layers[:num_layers]
         self.device, self.bf16 = policy.device, policy.bf16
-        size = policy.model.config.hidden_size
+        size = policy.model.get_output_embeddings().in_features  # D, what the trunk gives out
 
         def heads(width: int) -> torch.nn.ModuleList:
             return torch.nn.ModuleList(torch.nn.Sequential(

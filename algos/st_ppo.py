@@ -10,8 +10,7 @@ abstract, reviews and summaries. [n] is equation n of the paper, as these quote 
     Eq. 4  token t binds if A_t > 0 and w_t > 1 + clip_high, or A_t < 0 and w_t < 1 - clip_low
     Eq. 5  C = grad mean_t (w_t A_t if token t binds, else 0)          the clip bias
     Eq. 6  grad J = grad mean_t (w_t A_t) - C     a binding token's own term is flat, not its turn's
-    Eq. 7  AdamW gets s grad J, shortened to max_grad_norm; s = 1 in ppo and turn_ppo, else
-           s = 1 / max(1, |C|); paper: 1 / |C|                         [7 to 9]  (s_ppo, st_ppo)
+    Eq. 7  AdamW gets s grad J, s = 1 / max(1, |C|)  [7 to 9: 1 / |C|]  (s_ppo, st_ppo; else s = 1)
     Eq. 8  A_t = R_t + discount V_next - V_t + discount gae_lambda A_next, whitened once per batch
     Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
 
@@ -26,7 +25,7 @@ Changed from igpo.py (a row is still a whole episode: B = E)
 Deviations and choices
     D1  --scale at_most_one is Eq. 7, triggered the paper's 1 / |C|. relative: |g| / (|g| + |C|),
         g = grad J + C. Where no token binds, s = 1: nearly always with the default flags.
-    D2  Adam and the shortening may undo s. --scale step puts the default's s on the learning rate.
+    D2  Adam and max_grad_norm may undo s. --scale step puts the default's s on the learning rate.
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
     D4  mean_t, in a minibatch: over the tokens of an episode, then over episodes; Eq. 9: over all.
 
@@ -204,7 +203,8 @@ class Critic(torch.nn.Module):
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy, self.trunk = policy, copy.deepcopy(policy.model.base_model)
-        self.head = torch.nn.Linear(policy.model.config.hidden_size, 1, device=policy.device)
+        width = policy.model.get_output_embeddings().in_features  # D, what the trunk gives out
+        self.head = torch.nn.Linear(width, 1, device=policy.device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 

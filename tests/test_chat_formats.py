@@ -3,12 +3,13 @@ locally saved random model."""
 
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
-from algos import archer
+from algos import archer, st_ppo
 from conftest import CHATML, ROOT, Script, byte_tokenizer, random_model, streams
 from envs.episodes import Turn
 from policies import Policy, load_policy
@@ -177,19 +178,64 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient(fo
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().sum() > 0
 
 
-def test_a_model_of_another_family(tmp_path, capsys):
-    """OPT: dropout in its layers, which checkpointing sets to training, and layers in another place."""
+def opt(folder, width):
+    """A random OPT, which computes with 32 numbers a token and takes in and gives out `width`."""
     tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
     model = transformers.OPTForCausalLM(transformers.OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=width, ffn_dim=64, num_hidden_layers=2,
         num_attention_heads=2, dropout=0.5, max_position_embeddings=2048))
-    Policy(model, tokenizer, "cpu").save(tmp_path / "opt")
+    Policy(model, tokenizer, "cpu").save(folder)
+
+
+def test_a_model_of_another_family(tmp_path, capsys):
+    """OPT: dropout in its layers, which checkpointing sets to training, and layers in another place."""
+    opt(tmp_path / "opt", 32)
     policy = load_policy(RunArgs(model=str(tmp_path / "opt"), gradient_checkpointing=True))
     tokens = torch.arange(60, 80)[None]
     assert torch.equal(policy.forward(tokens), policy.forward(tokens))
     with pytest.raises(SystemExit):
         archer.main(archer.Args(model=str(tmp_path / "opt"), run_dir=str(tmp_path)))
     assert "its layers are not where ArCHer" in capsys.readouterr().err
+
+
+def test_the_critic_of_st_ppo_takes_hidden_states_of_any_width(tmp_path):
+    """16 of them, from an OPT of hidden_size 32: values as for any other model, and an update."""
+    opt(tmp_path / "opt", 16)
+    critic = st_ppo.Critic(load_policy(RunArgs(model=str(tmp_path / "opt"))))
+    torch.nn.init.ones_(critic.head.weight)
+    turn_id = torch.tensor([[-1, -1, 0, 0, -1, 1], [-1, 0, 0, -1, -1, -1]])
+    values = critic({"tokens": torch.arange(60, 72).view(2, 6), "turn_id": turn_id})
+    assert critic.head.weight.shape == (1, 16) and ((values != 0) == (turn_id >= 0)).all()
+    short(st_ppo, str(tmp_path / "opt"), tmp_path / "runs", env_id="words:tests/Words-v0", num_prompts=4, eval_episodes=1)
+    [saved] = (tmp_path / "runs").glob("*/checkpoint/trainer_state.pt")
+    assert torch.load(saved, weights_only=True)["critic"]["head.weight"].all(), "it starts at 0"
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 16}
+
+
+@pytest.mark.parametrize("script", ["st_ppo", "archer"])
+def test_critics_do_not_ask_the_configuration_for_their_width(script):
+    """Gemma 3 with a part for images has the sizes of its language model in config.text_config. Its layers are not where
+    ArCHer looks, so that gets a language model with such a configuration."""
+    if script == "st_ppo":
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 28, "patch_size": 14}
+        model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+            text_config=SIZES, vision_config=vision, mm_tokens_per_image=4)).eval()
+    else:
+        model = random_model("qwen3", 300)
+        model.config = SimpleNamespace(text_config=model.config)
+    assert not hasattr(model.config, "hidden_size")
+    policy = Policy.__new__(Policy)  # without a tokenizer
+    policy.model, policy.device, policy.bf16 = model, torch.device("cpu"), False
+    batch = {"tokens": torch.arange(6)[None], "turn_id": torch.tensor([[-1, -1, 0, 0, -1, 1]]),
+             "starts": torch.tensor([[2, 5]])}
+    if script == "st_ppo":
+        assert st_ppo.Critic(policy)(batch).shape == (1, 6)
+    else:
+        assert [x.shape for x in archer.TurnCritic(policy, 3)(batch)] == [(1, 2, 3), (1, 2, 3)]
 
 
 @pytest.mark.parametrize("script", ["st_ppo", "archer"])
