@@ -57,7 +57,7 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from envs.episodes import Episode
+from envs.episodes import Episode, Turn, start_episodes
 from policies import Policy, load_policy
 from run_folder import Run
 from utils import (
@@ -185,17 +185,16 @@ def fork_episode(episode: Episode, k: int, args: Args) -> tuple[gym.Env, Episode
 
     The environment repeats the actions before turn k; the episode shares the turns before it.
     """
-    [env], turns, ended = make_envs(args, 1), episode.turns[:k], False
-    observation, _ = env.reset(seed=episode.seed)
+    [env] = make_envs(args, 1)
+    [branch] = start_episodes([env], [episode.seed])
     for number, turn in enumerate(episode.turns[: k + 1]):
-        if ended or observation != turn.observation:
+        if branch.done or branch.observation != turn.observation:
             stop(f"--env-id {args.env_id}: it does not repeat itself: seed {episode.seed} came out "
                  f"differently before turn {number}")
         if number < k:
-            observation, _, terminated, truncated, _ = env.step(turn.action)
-            ended = terminated or truncated
-    info = turns[-1].info if turns else episode.start_info
-    return env, Episode(episode.seed, observation, turns, episode.start_info, info)
+            branch.answer(env, Turn(turn.observation, turn.action))
+    branch.turns = episode.turns[:k]
+    return env, branch
 
 
 def fork_points(episodes: list[Episode]) -> list[tuple[int, int]]:
