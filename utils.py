@@ -298,10 +298,10 @@ def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False)
     try:
         kwargs = json.loads(args.env_kwargs)
         return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        stop(f"--env-id {args.env_id}: {reason(error)} Known: {', '.join(known_ids())}")
-    except (gym.error.Error, ValueError, TypeError) as error:
-        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {reason(error)}")
+    except Exception as error:  # a constructor may raise anything
+        unknown = isinstance(error, (gym.error.UnregisteredEnv, ModuleNotFoundError))
+        stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {type(error).__name__}: "
+             + reason(error) + f" Known: {', '.join(known_ids())}" * unknown)
 
 
 def collect_groups(policy: Policy, envs: list[gym.Env], args: RunArgs,

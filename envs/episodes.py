@@ -1,9 +1,14 @@
 """Records of play: turns, episodes, and the scripted demonstrations of an environment."""
 
+import contextlib
 import dataclasses
-import math
+import functools
+import os
+import warnings
+from collections.abc import Mapping
 
 import gymnasium as gym
+import numpy as np
 
 
 @dataclasses.dataclass
@@ -59,18 +64,17 @@ class Episode:
 
     def answer(self, env: gym.Env, turn: Turn):
         """Let the environment react to `turn`, and append it."""
-        try:
-            observation, reward, terminated, truncated, info = env.step(turn.action)
-            if not isinstance(observation, str):
-                raise TypeError(f"observation {observation!r} is not a string")
-            if not math.isfinite(reward):
-                raise ValueError(f"reward {reward} is not finite")
-        except Exception as error:
-            raise EnvironmentFault(self, env, error) from error
-        turn.reward, turn.info = float(reward), dict(info)
+        with blaming(env, self):
+            observation, reward, terminated, truncated, info = fields(
+                env.step(turn.action), "observation", "reward", "terminated", "truncated", "info")
+            array = np.asarray(reward)
+            if array.size != 1 or array.dtype.kind not in "biuf" or not np.isfinite(array):
+                raise ValueError(f"reward {reward!r} is not a finite number")
+            turn.reward, turn.info = float(array.item()), checked_info(info)
+            self.terminated = yes_or_no("terminated", terminated)
+            self.truncated = yes_or_no("truncated", truncated) and not self.terminated
+            self.observation, self.info = text("observation", observation), turn.info
         self.turns.append(turn)
-        self.observation, self.info = observation, turn.info
-        self.terminated, self.truncated = bool(terminated), bool(truncated and not terminated)
 
     def transcript(self) -> str:
         """The episode as a person reads it."""
@@ -87,24 +91,67 @@ class EnvironmentFault(Exception):
     """An environment raised or broke the interface; carries the episode up to there."""
 
     def __init__(self, episode: Episode, env: gym.Env, error: Exception):
+        lines = str(error).strip().splitlines() or ["(no message)"]
         super().__init__(f"environment {type(env.unwrapped).__name__}, seed {episode.seed}, "
-                         f"turn {len(episode.turns)}: {type(error).__name__}: {error}")
+                         f"turn {len(episode.turns)}: {type(error).__name__}: {lines[0][:500]}")
         self.episode = episode
+
+
+@contextlib.contextmanager
+def blaming(env: gym.Env, episode: Episode):
+    """Around everything an environment does, and the reading of what it returns."""
+    try:
+        yield
+    except Exception as error:
+        raise EnvironmentFault(episode, env, error) from error
+
+
+def fields(answer, *names: str):
+    if not isinstance(answer, (tuple, list)) or len(answer) != len(names):
+        raise TypeError(f"expected ({', '.join(names)}), got {answer!r}")
+    return answer
+
+
+def text(name: str, value) -> str:
+    """A string that can be encoded: a lone surrogate becomes U+FFFD."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is not a string: {value!r}")
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def yes_or_no(name: str, value) -> bool:
+    """Also of an array of one; None is no. Text cannot be judged: is "False" a yes?"""
+    array = np.asarray(value)
+    if array.size != 1 or array.item() not in (0, 1, None):
+        raise TypeError(f"{name} is neither yes nor no: {value!r}")
+    return bool(array.item())
+
+
+def checked_info(info) -> dict:
+    """A copy of what an environment tells; None tells nothing."""
+    if not isinstance(info, Mapping | None):
+        raise TypeError(f"info is not a dict: {info!r}")
+    info = {name: text(name, x) if isinstance(x, str) else x for name, x in (info or {}).items()}
+    flags = info.keys() & {"success", "invalid_action"}
+    return info | {name: yes_or_no(name, info[name]) for name in flags}
+
+
+warn_once = functools.cache(warnings.warn)
 
 
 def start_episodes(envs: list[gym.Env], seeds: list[int]) -> list[Episode]:
     """Reset every environment with its seed."""
-    episodes = []
+    episodes, first = [], {}
     for env, seed in zip(envs, seeds, strict=True):
-        episodes.append(Episode(int(seed), observation=""))
-        try:
-            observation, info = env.reset(seed=int(seed))
-            if not isinstance(observation, str):
-                raise TypeError(f"first observation {observation!r} is not a string")
-        except Exception as error:
-            raise EnvironmentFault(episodes[-1], env, error) from error
-        episodes[-1].observation = observation
-        episodes[-1].start_info = episodes[-1].info = dict(info)
+        episodes.append(episode := Episode(int(seed), observation=""))
+        with blaming(env, episode):
+            observation, info = fields(env.reset(seed=int(seed)), "observation", "info")
+            episode.observation = text("observation", observation)
+            episode.info = checked_info(info)
+        episode.start_info, start = episode.info, first.setdefault(seed, episode.observation)
+        if start != episode.observation and os.environ.get("RANK", "0") == "0":
+            warn_once(f"environment {type(env.unwrapped).__name__} starts differently from the "
+                      "same seed: groups then compare episodes of different tasks")
     return episodes
 
 
@@ -114,13 +161,13 @@ def demonstrations(env: gym.Env, seeds: list[int], max_turns: int, rng) -> list[
     for seed in seeds:
         [episode] = start_episodes([env], [seed])
         while not episode.done and len(episode.turns) < max_turns:
-            if hasattr(env.unwrapped, "demonstrate"):
-                action = env.unwrapped.demonstrate(rng)
-            elif "legal_actions" in episode.info:
-                action = str(rng.choice(episode.info["legal_actions"]))
-            else:
+            player = getattr(env.unwrapped, "demonstrate", None)
+            if player is None and "legal_actions" not in episode.info:
                 raise NotImplementedError("it has neither demonstrate() nor info['legal_actions'] "
                                           "to warm-start the tiny model")
+            with blaming(env, episode):
+                action = player(rng) if player else str(rng.choice(episode.info["legal_actions"]))
+                action = text("the demonstrated action", action)
             episode.answer(env, Turn(episode.observation, action))
         episodes.append(episode)
     return episodes

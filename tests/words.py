@@ -1,9 +1,13 @@
 """Games for tests, made the way somebody else would make them: named words:tests/Words-v0."""
 
+import builtins
 import itertools
 import os
+import threading
+import types
 
 import gymnasium as gym
+import numpy as np
 
 from envs.text_env import TextEnv
 
@@ -83,24 +87,77 @@ class YesOrNo(gym.Env):
         return "thanks", float(action == "yes"), True, False, {"success": action == "yes"}
 
 
-class Faulty(TextEnv):
-    """Goes wrong in reset() or on its second turn, in the way it is told to."""
+def turn(observation="next", reward=0.5, terminated=False, truncated=False, info=None):
+    return observation, reward, terminated, truncated, {} if info is None else info
 
-    def __init__(self, fault="", **kwargs):
+
+class Faulty(TextEnv):
+    """Three turns. What is named by `fault` comes out of reset() or of the second turn, or is raised there; `error` is
+    raised by the constructor. In `fine` is what may look wrong and works."""
+
+    resets = {
+        "reset": (7, {}), "reset-text": "start", "reset-two-characters": "no", "reset-info": ("start", [1, 2]),
+        "reset-raise": KeyError("apples\nand pears")}
+    steps = {
+        "raise": RuntimeError("out of apples\nand pears"), "empty": RuntimeError(), "nan": turn(reward=float("nan")),
+        "reward-text": turn(reward="1.0"), "none": turn(observation=None), "old": ("next", 0.5, False, {}), "five": "12345",
+        "several": turn(terminated=np.array([True, False])), "truncated-text": turn(truncated="False"),
+        "success-text": turn(info={"success": "False"}), "invalid-text": turn(info={"invalid_action": "no"}),
+        "success-several": turn(info={"success": np.array([True, True])}), "info-list": turn(info=[1, 2])}
+    fine_steps = {
+        "none-info": (*turn()[:4], None), "success-none": turn(info={"success": None, "invalid_action": None}),
+        "success-array": turn(info={"success": np.array([1]), "invalid_action": np.bool_(True)}),
+        "array": turn(terminated=np.array([True]), truncated=np.array([False]), reward=np.array([0.5])),
+        "numpy": turn(np.str_("next"), np.float32(0.5), np.bool_(True)), "surrogate": turn("odd \ud800, good \ud83d\ude00"),
+        "lock": turn(info={"lock": threading.Lock(), "open": lambda: 0}), "proxy": turn(info=types.MappingProxyType({"a": 1})),
+        "surrogate-info": turn(info={"answer": "\ud800"})}
+    fine_resets = {"reset-none-info": ("start", None), "reset-surrogate": ("\udfff start", {"answer": "a \ud800"})}
+    actions = {"demonstrated-number": 3, "demonstrated-raise": LookupError("no idea"), "demonstrated-surrogate": "a \ud800"}
+
+    def __init__(self, fault="", error="", **kwargs):
         super().__init__(**kwargs)
         self.fault = fault
+        if error:
+            raise getattr(builtins, error)("no apples\nand no pears")
+
+    def give(self, tables, usual):
+        answer = next((table[self.fault] for table in tables if self.fault in table), usual)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.turn = 0
-        return (7 if self.fault == "reset" else "start"), {}
+        return self.give([self.resets, self.fine_resets], ("start", {}))
 
     def step(self, action):
         self.turn += 1
-        if self.turn == 2 and self.fault == "raise":
-            raise RuntimeError("out of apples")
-        reward = float("nan") if self.turn == 2 and self.fault == "nan" else 0.5
-        return None if self.turn == 2 and self.fault == "none" else "next", reward, self.turn == 3, False, {}
+        usual = turn(terminated=self.turn == 3)
+        return self.give([self.steps, self.fine_steps], usual) if self.turn == 2 else usual
+
+
+class Demonstrated(Faulty):
+    """One with a scripted player, who may be what goes wrong."""
+
+    def demonstrate(self, rng):
+        return self.give([self.actions], "left")
+
+
+class Restless(Demonstrated):
+    """Ignores its seed."""
+
+    resets_so_far = itertools.count()
+
+    def reset(self, *, seed=None, options=None):
+        return f"start {next(self.resets_so_far)}", super().reset()[1]
+
+
+class Blocks(Demonstrated):
+    """Shows what an ASCII console cannot."""
+
+    def step(self, action):
+        return "\u2588\u2588 \u00e9 \U0001f600", *super().step(action)[1:]
 
 
 gym.register("tests/Words-v0", entry_point=Words)
@@ -108,3 +165,6 @@ gym.register("tests/AnyOrder-v0", entry_point=AnyOrder)
 gym.register("tests/FailsOnOneRank-v0", entry_point=FailsOnOneRank)
 gym.register("tests/YesOrNo-v0", entry_point=YesOrNo)
 gym.register("tests/Faulty-v0", entry_point=Faulty)
+gym.register("tests/Demonstrated-v0", entry_point=Demonstrated)
+gym.register("tests/Restless-v0", entry_point=Restless)
+gym.register("tests/Blocks-v0", entry_point=Blocks)

@@ -1,0 +1,114 @@
+"""What users bring misbehaves: environments, consoles, trackers and disks."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from algos import ms_grpo
+from envs import episodes as records
+from envs import make_env
+from envs.episodes import EnvironmentFault, Turn, demonstrations, start_episodes
+from test_cli import fails, only_run, quick
+from words import Faulty
+
+
+def play(fault, seed=5):
+    env = make_env("words:tests/Faulty-v0", fault=fault)
+    [episode] = start_episodes([env], [seed])
+    while not episode.done:
+        episode.answer(env, Turn(episode.observation, "x"))
+    return episode
+
+
+def game(name, **kwargs):
+    return {"env_id": f"words:tests/{name}-v0", "env_kwargs": json.dumps(kwargs)}
+
+
+# --- environments --------------------------------------------------------------------------------
+NEEDLES = {
+    "reset": "observation is not a string: 7", "reset-text": "(observation, info), got 'start'",
+    "reset-two-characters": "(observation, info), got 'no'", "reset-info": "info is not a dict: [1, 2]",
+    "reset-raise": "KeyError: 'apples", "raise": "RuntimeError: out of apples", "empty": "RuntimeError: (no message)",
+    "nan": "reward nan is not a finite number", "reward-text": "reward '1.0' is not a finite number",
+    "none": "observation is not a string: None", "old": "truncated, info), got ('next', 0.5, False, {})",
+    "five": "truncated, info), got '12345'", "several": "terminated is neither yes nor no: array([ True, False])",
+    "truncated-text": "truncated is neither yes nor no: 'False'", "success-text": "success is neither yes nor no: 'False'",
+    "invalid-text": "invalid_action is neither yes nor no: 'no'", "success-several": "success is neither yes nor no: array",
+    "info-list": "info is not a dict: [1, 2]"}
+
+
+@pytest.mark.parametrize("fault", [*Faulty.resets, *Faulty.steps])
+def test_a_fault_is_told_in_one_line_with_its_place_and_the_episode_so_far(fault):
+    with pytest.raises(EnvironmentFault) as caught:
+        play(fault)
+    turns = 0 if fault in Faulty.resets else 1
+    line = str(caught.value)
+    assert line.startswith(f"environment Faulty, seed 5, turn {turns}: ") and NEEDLES[fault] in line
+    assert len(line.splitlines()) == 1 and ("pears" not in line or fault == "reset-raise")
+    assert len(caught.value.episode.turns) == turns and caught.value.episode.total_reward == 0.5 * turns
+
+
+def test_the_line_of_a_fault_is_short():
+    error = TypeError(f"not a string: {'x' * 10**6}")
+    env = make_env("words:tests/Faulty-v0")
+    [episode] = start_episodes([env], [1])
+    assert "not a string: xxx" in str(EnvironmentFault(episode, env, error)) and len(str(EnvironmentFault(episode, env, error))) < 700
+
+
+@pytest.mark.parametrize("name", [*Faulty.fine_resets, *Faulty.fine_steps])
+def test_what_only_looks_wrong_works(name):
+    episode = play(name)
+    assert episode.terminated and len(episode.turns) == (2 if name in ("array", "numpy") else 3)
+    assert episode.total_reward == 0.5 * len(episode.turns) and all(type(t.reward) is float for t in episode.turns)
+    second = episode.turns[1].info
+    assert second.get("success", False) is (name == "success-array") is second.get("invalid_action", False)
+    shown = [t.observation for t in episode.turns] + [episode.observation]
+    assert all(type(x) is str and x.encode() is not None for x in (*shown, episode.start_info.get("answer", ""), second.get("answer", "")))
+    assert (name != "surrogate" or shown[2] == "odd \ufffd, good \U0001f600") and ("lock" in second) == (name == "lock")
+
+
+@pytest.mark.parametrize("name", ["success-none", "success-array", "surrogate", "lock", "reset-surrogate", "reset-none-info"])
+def test_a_run_with_it_works_too_and_its_samples_can_be_read(tmp_path, capsys, name):
+    ms_grpo.main(quick(tmp_path, print_samples=1, **game("Demonstrated", fault=name)))
+    lines = [json.loads(line) for line in open(only_run(tmp_path) / "samples.jsonl")]
+    shown = {"surrogate": "odd \ufffd, good \U0001f600", "reset-surrogate": "\ufffd start"}.get(name, "start")
+    assert len(lines) == 12 and f"    {shown}\n" in capsys.readouterr().out
+    assert any(shown in (turn[0], episode["last_observation"]) for episode in lines for turn in episode["turns"])
+
+
+@pytest.mark.parametrize("fault,needle", [
+    ("demonstrated-number", "the demonstrated action is not a string: 3"), ("demonstrated-raise", "LookupError: no idea"),
+    ("success-text", "success is neither yes nor no"), ("reset-two-characters", "got 'no'")])
+def test_a_fault_during_the_warm_start_is_told_in_the_same_way(tmp_path, capsys, fault, needle):
+    turn = {"s": 1, "r": 0, "d": 0}[fault[0]]
+    fails(capsys, "environment Demonstrated, seed ", f", turn {turn}: ", needle, args=quick(tmp_path, **game("Demonstrated", fault=fault)))
+    [line] = open(only_run(tmp_path) / "samples.jsonl")
+    assert json.loads(line)["iteration"] == "fault" and len(json.loads(line)["turns"]) == turn
+
+
+def test_a_demonstrated_surrogate_is_replaced_and_legal_actions_are_judged_too():
+    env = make_env("words:tests/Demonstrated-v0", fault="demonstrated-surrogate")
+    [episode] = demonstrations(env, [1], 3, np.random.default_rng(0))
+    assert episode.turns[0].action == "a \ufffd"
+    env = make_env("words:tests/YesOrNo-v0")
+    env.unwrapped.reset = lambda seed, options=None: ("say", {"legal_actions": []})
+    with pytest.raises(EnvironmentFault, match="YesOrNo, seed 1, turn 0: ValueError"):
+        demonstrations(env, [1], 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "FileNotFoundError", "KeyError", "OSError", "AttributeError", "ImportError"])
+def test_a_constructor_that_raises_gets_one_line(tmp_path, capsys, error):
+    fails(capsys, "--env-id words:tests/Faulty-v0", f": {error}: ", "no apples", args=quick(tmp_path, **game("Faulty", error=error)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_group_whose_members_start_differently_is_warned_of_once(tmp_path):
+    for name, expected in (("Restless", 1), ("Words", 0)):
+        records.warn_once.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ms_grpo.main(quick(tmp_path, num_iterations=3, group_size=4, **game(name)))
+        said = [str(w.message) for w in caught if "same seed" in str(w.message)]
+        assert len(said) == expected and all("environment Restless" in text and "different tasks" in text for text in said)
