@@ -123,6 +123,8 @@ class Run:
     """
 
     def __init__(self, args: RunArgs, algo: str):
+        with contextlib.suppress(AttributeError):  # no console, or one of a notebook
+            sys.stdout.reconfigure(errors="replace")  # what it cannot show
         check_args(args)
         if world_size() > 1 and not dist.is_initialized():  # launched by torchrun
             if args.device == "cuda":

@@ -1,16 +1,22 @@
 """What users bring misbehaves: environments, consoles, trackers and disks."""
 
 import json
+import os
+import subprocess
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import run_folder
 from algos import ms_grpo
 from envs import episodes as records
 from envs import make_env
 from envs.episodes import EnvironmentFault, Turn, demonstrations, start_episodes
-from test_cli import fails, only_run, quick
+from test_cli import QUICK, command, fails, only_run, quick
 from words import Faulty
 
 
@@ -112,3 +118,19 @@ def test_a_group_whose_members_start_differently_is_warned_of_once(tmp_path):
             ms_grpo.main(quick(tmp_path, num_iterations=3, group_size=4, **game(name)))
         said = [str(w.message) for w in caught if "same seed" in str(w.message)]
         assert len(said) == expected and all("environment Restless" in text and "different tasks" in text for text in said)
+
+
+# --- consoles ------------------------------------------------------------------------------------
+def test_an_ascii_console_shows_question_marks(tmp_path):
+    flags = QUICK | {"print_samples": 2, "max_turns": 1, "warm_start_steps": 1, "run_dir": tmp_path / "runs"} | game("Blocks")
+    run = subprocess.run(command(**flags), capture_output=True, timeout=300,
+                         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent)})
+    assert run.returncode == 0, run.stderr
+    assert b"    ?? ? ?\n" in run.stdout and b"success 0.000 -> 0.000" in run.stdout and not run.stderr
+    assert "\\u2588" in (only_run(tmp_path) / "samples.jsonl").read_text()
+
+
+def test_no_console_at_all_is_fine(tmp_path, monkeypatch):
+    for stream in (None, types.SimpleNamespace(write=lambda text: None, flush=lambda: None)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        run_folder.Run(quick(tmp_path), "ms_grpo")
