@@ -32,7 +32,7 @@ from envs.episodes import EnvironmentFault, Episode
 from policies import Opening, Policy
 from utils import (
     RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, evaluate, make_envs,
-    quiet, rank, select_rows, stop, world_size,
+    quiet, rank, reason, select_rows, stop, world_size,
 )
 
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "max_generated_tokens", "eval_only",
@@ -133,7 +133,8 @@ class Run:
             torch.set_num_threads(max(1, (os.cpu_count() or 1)
                                       // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
         torch.set_float32_matmul_precision("high")
-        self.args, self.start, self.signal, self.training, self.writer = args, 0, 0, False, None
+        self.args, self.training, self.writer = args, False, None
+        self.start = self.signal = self.saved = 0  # saved: the iteration of the last checkpoint
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.totals = {"generated_tokens": 0, "environment_steps": 0}
         self.clock = time.perf_counter()  # on resume moved back by the seconds spent before
@@ -147,27 +148,55 @@ class Run:
             self.check_resume(algo)
         self.eval_envs = make_envs(args, min(args.eval_episodes, 256), evaluation=True)
         if rank() == 0 and not args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
             commit = ""
             with contextlib.suppress(OSError):  # no git here
                 commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                         capture_output=True, text=True).stdout.strip()
             versions = {"python": platform.python_version(), "torch": torch.__version__,
-                        "transformers": transformers.__version__, "gymnasium": gym.__version__}
+                        "transformers": transformers.__version__, "gymnasium": gym.__version__,
+                        "commit": commit}
             record = {"algo": algo, "args": dataclasses.asdict(args), "versions": versions}
-            record["versions"]["commit"] = commit
-            (self.folder / "args.json").write_text(json.dumps(record, indent=1))
+            with self.writing("args.json") as new:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                new.write_text(json.dumps(record, indent=1))
             print(f"run folder: {self.folder}")
         if args.track != "none" and rank() == 0:
-            try:
+            with self.tracking():
                 if args.track == "wandb":
                     import wandb
                     wandb.init(project="turnrl", name=name, config=dataclasses.asdict(args),
                                sync_tensorboard=True)
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(self.folder))
-            except ImportError as error:
-                stop(f"--track {args.track}: {error} (pip install tensorboard {args.track})")
+
+    @contextlib.contextmanager
+    def tracking(self):
+        """Around what the tracker does: one that fails is dropped, and training goes on."""
+        try:
+            yield
+        except ImportError as error:
+            stop(f"--track {self.args.track}: {error} (pip install tensorboard {self.args.track})")
+        except Exception as error:  # no network, a full disk
+            print(f"warning: --track {self.args.track} is dropped: {error!r}", file=sys.stderr)
+            self.writer = None
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """To write `name` as a whole, in the path given, or to add to it: all, or stop the run."""
+        path, new = self.folder / name, self.folder / f"{name}.new"
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        try:
+            yield new
+            if new.exists():
+                new.replace(path)
+        except Exception as error:  # OSError; torch, safetensors and tokenizers have their own
+            shutil.rmtree(new, ignore_errors=True)  # if it is a folder
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+                os.truncate(path, size)
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            last = f"iteration {self.saved}, --resume {self.folder}" if self.saved else "none"
+            stop(f"{path} cannot be written: {reason(why)} (last checkpoint: {last})")
 
     def check_resume(self, algo: str):
         try:
@@ -196,8 +225,9 @@ class Run:
     def __exit__(self, kind, error, traceback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.writer:
-            self.writer.close()
+        with self.tracking():
+            if self.writer:
+                self.writer.close()
         if isinstance(error, EnvironmentFault):
             self.write_samples("fault", [error.episode])
             stop(f"{error} (the episode is in {self.folder / 'samples.jsonl'})")
@@ -227,23 +257,25 @@ class Run:
                              if int(row["iteration"]) <= saved["iteration"]]
         except Exception as error:  # torch, safetensors and pickle each have their own
             stop(f"--resume {self.folder}: its checkpoint cannot be read ({type(error).__name__})")
-        self.start, self.totals = saved["iteration"], saved["totals"]
-        self.clock -= saved["seconds"]
+        self.start = self.saved = saved["iteration"]
+        self.totals, self.clock = saved["totals"], self.clock - saved["seconds"]
 
     def save(self, policy: Policy, **state):
         """Write a checkpoint under another name, then rename it: a kill leaves a readable one."""
-        new, current, old = (self.folder / f"checkpoint{end}" for end in (".new", "", ".old"))
-        shutil.rmtree(new, ignore_errors=True)
-        policy.save(new)
+        current, old = self.folder / "checkpoint", self.folder / "checkpoint.old"
         kept = {"iteration": int(self.rows[-1]["iteration"]), "totals": self.totals,
                 "seconds": time.perf_counter() - self.clock, "head": list(policy.head)}
         kept |= {name: x if isinstance(x, list) else x.state_dict() for name, x in state.items()}
-        torch.save(kept, new / "trainer_state.pt")
-        if current.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            current.rename(old)
-        new.rename(current)
+        shutil.rmtree(self.folder / "checkpoint.new", ignore_errors=True)
+        with self.writing("checkpoint") as new:
+            policy.save(new)
+            with open(new / "trainer_state.pt", "wb") as file:  # unlike torch's, it says what fails
+                torch.save(kept, file)
+            if current.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                current.rename(old)
         shutil.rmtree(old, ignore_errors=True)
+        self.saved = int(self.rows[-1]["iteration"])
 
     def iterations(self, policy: Policy, evaluation: Callable | None = None,
                    **state) -> Iterator[int]:
@@ -323,12 +355,11 @@ class Run:
         values = {"advantage": advantages if advantages.dim() == 2 else advantages[:, None] * mask}
         if "old_logprobs" in rows:
             values["ratio"] = torch.where(mask, logprobs - rows["old_logprobs"], 0.0)  # its log
+        body = colored_rows(self.policy.tokenizer, rows, values | {"entropy": entropy})
         page = self.folder / "samples.html"
-        new = not page.exists()
-        with open(page, "a", encoding="utf-8") as file:
-            file.write(PAGE.format(name=self.folder.name) if new else "")
-            file.write(f"<h3>iteration {iteration}</h3>\n" + colored_rows(
-                self.policy.tokenizer, rows, values | {"entropy": entropy}) + "\n")
+        with self.writing("samples.html"), open(page, "a", encoding="utf-8") as file:
+            head = "" if file.tell() else PAGE.format(name=self.folder.name)
+            file.write(f"{head}<h3>iteration {iteration}</h3>\n{body}\n")
         self.shown = True
 
     def evaluated(self, metrics: dict[str, float], episodes: list[Episode]):
@@ -351,18 +382,18 @@ class Run:
         self.rows[-1] |= metrics | self.totals | {
             "seconds": round(time.perf_counter() - self.clock, 2)}
         if self.writes:
-            with open(self.folder / "metrics.new", "w", newline="") as file:
+            with self.writing("metrics.csv") as new, open(new, "w", newline="") as file:
                 table = csv.DictWriter(file, list(dict.fromkeys(k for r in self.rows for k in r)))
                 table.writeheader()
                 table.writerows(self.rows)
-            (self.folder / "metrics.new").replace(self.folder / "metrics.csv")
-        for name, value in metrics.items() if self.writer else ():
-            self.writer.add_scalar(name, value, int(self.rows[-1]["iteration"]))
+        with self.tracking():
+            for name, value in metrics.items() if self.writer else ():
+                self.writer.add_scalar(name, value, int(self.rows[-1]["iteration"]))
 
     def write_samples(self, iteration: int | str, episodes: list[Episode]):
         if not self.writes and iteration != "fault":
             return
-        with open(self.folder / "samples.jsonl", "a") as file:
+        with self.writing("samples.jsonl"), open(self.folder / "samples.jsonl", "a") as file:
             for e in episodes:
                 record = {"iteration": iteration, "seed": e.seed, "success": e.success,
                           "return": e.total_reward, "last_observation": e.observation,
@@ -379,7 +410,8 @@ class Run:
         summary |= {"iterations": int(evals[-1]["iteration"]), **self.totals,
                     "seconds": round(time.perf_counter() - self.clock, 1)}
         if self.writes:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            with self.writing("summary.json") as new:
+                new.write_text(json.dumps(summary, indent=1))
             self.plot(evals)
         if rank() == 0:
             print("success {success_start:.3f} -> {success_end:.3f}, return {return_start:.3f} -> "
@@ -397,4 +429,5 @@ class Run:
             axis.set(xlabel="iteration", ylabel=name)
         axis.legend()
         figure.suptitle(self.folder.name, fontsize=9)
-        figure.savefig(self.folder / "curve.png", dpi=120)
+        with self.writing("curve.png") as new:
+            figure.savefig(new, format="png", dpi=120)

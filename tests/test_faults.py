@@ -1,7 +1,9 @@
 """What users bring misbehaves: environments, consoles, trackers and disks."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import types
@@ -10,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import policies
 import run_folder
 from algos import ms_grpo
+from conftest import random_policy
 from envs import episodes as records
 from envs import make_env
 from envs.episodes import EnvironmentFault, Turn, demonstrations, start_episodes
-from test_cli import QUICK, command, fails, only_run, quick
+from test_cli import QUICK, WORDS, command, fails, only_run, quick, rows_of, same_weights
 from words import Faulty
 
 
@@ -134,3 +139,107 @@ def test_no_console_at_all_is_fine(tmp_path, monkeypatch):
     for stream in (None, types.SimpleNamespace(write=lambda text: None, flush=lambda: None)):
         monkeypatch.setattr(sys, "stdout", stream)
         run_folder.Run(quick(tmp_path), "ms_grpo")
+
+
+# --- trackers ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("when", ["start", "add_scalar", "close", "wandb"])
+def test_a_tracker_that_raises_is_dropped_with_one_warning(tmp_path, capsys, monkeypatch, when):
+    calls = []
+
+    def called(name):
+        calls.append(name)
+        if name == when and calls.count(name) == (5 if name == "add_scalar" else 1):
+            raise OSError(28, "No space left on device")
+    writer = types.SimpleNamespace(add_scalar=lambda *args: called("add_scalar"), close=lambda: called("close"))
+    tensorboard = types.SimpleNamespace(SummaryWriter=lambda folder: called("start") or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: called("wandb")))
+    ms_grpo.main(quick(tmp_path, track="wandb" if when == "wandb" else "tensorboard"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: --track") and "No space left" in lines[0]
+    assert len(rows_of(only_run(tmp_path))) == 3 and (only_run(tmp_path) / "summary.json").exists()
+    expected = {"start": ["start"], "wandb": ["wandb"], "add_scalar": ["start", *["add_scalar"] * 5]}
+    assert calls == expected[when] if when in expected else calls.count("close") == 1
+
+
+# --- disks ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The operating system refuses to let a file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+FULL = {"print_samples": 1, "learning_rate": 3e-3, "warm_start_steps": 60} | WORDS
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "NUM_DEMONSTRATIONS", 128)
+        ms_grpo.main(quick(path, **FULL))
+    return only_run(path)
+
+
+@pytest.mark.parametrize("name,size,at", [
+    ("metrics.csv", 100, 1), ("samples.jsonl", None, 1), ("samples.html", None, 1), ("checkpoint", 100_000, 1),
+    ("checkpoint", 1_200_000, 1), ("checkpoint", 100_000, 0)], ids=["metrics", "samples", "page", "model", "state", "first"])
+def test_a_write_that_fails_ends_the_run_in_one_line_and_undoes_what_it_began(
+        tmp_path, capsys, monkeypatch, whole, name, size, at):
+    """In the last iteration, or in the first one, before there is a checkpoint."""
+    log, stack, before = run_folder.Run.log, contextlib.ExitStack(), {}
+
+    def log_on_a_full_disk(self, iteration, *rest, **metrics):
+        if iteration == at:
+            before.update((path.name, path.read_bytes()) for path in self.folder.rglob("*") if path.is_file())
+            stack.enter_context(files_of_at_most(size or len(before[name]) + 10))
+        log(self, iteration, *rest, **metrics)
+    monkeypatch.setattr(run_folder.Run, "log", log_on_a_full_disk)
+    flags = FULL | {"print_samples": int(name != "samples.jsonl")}  # the page is larger and would be what fails
+    with stack:
+        fails(capsys, f"/{name} cannot be written: ", "File too large",
+              "last checkpoint: iteration 1, --resume" if at else "last checkpoint: none", args=quick(tmp_path, **flags))
+    folder = only_run(tmp_path)
+    assert not list(folder.glob("*.new")) and not list(folder.glob("*.old"))
+    if name != "checkpoint":
+        assert (folder / name).read_bytes() == before[name]
+    assert (folder / "checkpoint").exists() == bool(at)
+    assert all(json.loads(line) for line in open(folder / "samples.jsonl"))
+    if at:
+        monkeypatch.setattr(run_folder.Run, "log", log)
+        assert torch.load(folder / "checkpoint/trainer_state.pt", weights_only=True)["iteration"] == 1
+        again = quick(tmp_path, resume=str(folder), **flags)
+        if name == "metrics.csv":
+            with files_of_at_most(100):
+                fails(capsys, "last checkpoint: iteration 1, --resume", args=again)
+        ms_grpo.main(again)
+        same_weights(whole, folder)
+        assert [row["iteration"] for row in rows_of(folder)] == ["0", "1", "2"]
+        assert name != "samples.html" or (folder / name).read_text().count("<title>") == 1
+
+
+def test_a_failure_that_only_its_library_knows_is_told_and_undone_as_well(tmp_path, capsys):
+    """tokenizers raise a bare Exception."""
+    run = run_folder.Run(quick(tmp_path), "ms_grpo")
+    policy, run.rows = random_policy("llama"), [{"iteration": 3}]
+    run.save(policy)
+    good = {path.name: path.read_bytes() for path in (run.folder / "checkpoint").iterdir()}
+
+    def cut_short(folder):
+        policy.model.save_pretrained(folder)
+        raise Exception("No space left on device (os error 28)\nmore")
+    policy.save = cut_short
+    fails(capsys, "checkpoint cannot be written: No space left on device (os error 28) (last checkpoint: iteration 3",
+          call=lambda: run.save(policy))
+    assert {path.name: path.read_bytes() for path in (run.folder / "checkpoint").iterdir()} == good
+    assert {path.name for path in run.folder.iterdir()} == {"args.json", "checkpoint"}
+
+
+def test_a_run_folder_that_cannot_be_made_gets_one_line(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file")
+    fails(capsys, "args.json cannot be written", "Not a directory", "last checkpoint: none", args=quick(tmp_path))
