@@ -423,7 +423,13 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
                         args.device)
         policy.history_turns = history_turns
         warm_start(policy, episodes, args)
-        policy.save(temporary := cache / f"{folder.name}.{os.getpid()}")
+        temporary = cache / f"{folder.name}.{os.getpid()}"
+        try:
+            policy.save(temporary)
+        except Exception as error:  # safetensors has its own
+            shutil.rmtree(temporary, ignore_errors=True)
+            stop(f"the warm start cannot be written to {cache}: {reason(error)} (TURNRL_CACHE "
+                 "names another folder)")
         with contextlib.suppress(OSError):  # another run may have put the same folder there
             temporary.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)

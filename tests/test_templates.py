@@ -302,6 +302,14 @@ def test_the_warm_start_pads_only_the_rows_of_a_step(monkeypatch, tmp_path):
     assert sizes == [8, 8, 8] and json.loads((folder / "config.json").read_text())["hidden_size"] == 64
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TURNRL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="2"):
+        tiny_folder(RunArgs(env_id="mine/Words-v0", warm_start_steps=0, max_turns=1), Words(), 0)
+    assert capsys.readouterr().err.startswith(f"error: the warm start cannot be written to {tmp_path / 'file'}: ")
+
+
 def test_a_first_observation_without_room_is_warned_of_once_and_all_of_them_stop(capsys):
     policy, game = random_policy(), Words()
     policy.context_length = 60
