@@ -57,7 +57,8 @@ def context_length(config) -> int | None:
     >>> rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1] * 16,
     ...         "long_factor": [4] * 16, "original_max_position_embeddings": 300}
     >>> context_length(transformers.Phi3Config(
-    ...     hidden_size=64, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope))
+    ...     hidden_size=64, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope,
+    ...     original_max_position_embeddings=300))
     300
     """
     config = config.get_text_config()
