@@ -132,6 +132,7 @@ class Policy:
         self.options = {"output_router_logits": False} if "output_router_logits" in flags else {}
         layers = transformers.DynamicCache(config=self.model.config).layers
         self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
+        self.attends = any(isinstance(layer, DynamicLayer) for layer in layers)
         embedded = self.model.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > embedded:
             raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, but its embedding "
@@ -285,6 +286,8 @@ class Policy:
         kwargs |= self.options
         if cache is not None:
             kwargs[self.cache_name] = cache
+            if not self.attends:  # recurrent layers only: they take the mask of the new tokens
+                kwargs["attention_mask"] = kwargs["attention_mask"][:, -tokens.shape[1] :]
         with self.autocast():
             return self.model(tokens, use_cache=cache is not None, **kwargs).logits.float()
 
