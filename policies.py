@@ -133,6 +133,9 @@ class Policy:
         layers = transformers.DynamicCache(config=self.model.config).layers
         self.windowed = any(type(layer) is not DynamicLayer for layer in layers)  # sliding windows
         self.attends = any(isinstance(layer, DynamicLayer) for layer in layers)
+        for module in self.model.modules():  # passes over many tokens would heed this limit of a
+            if hasattr(module, "time_step_limit"):  # state space model, steps of one token do not
+                module.time_step_limit = (0.0, float("inf"))
         embedded = self.model.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > embedded:
             raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, but its embedding "
