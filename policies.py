@@ -378,14 +378,17 @@ def self_check(policy: Policy):
     torch.set_float32_matmul_precision("highest")
     plain = Policy(policy.model, policy.tokenizer, policy.device)  # of no special kind, in fp32
     plain.max_turn_tokens, plain.context_length = 4, policy.context_length
-    difference, how = largest_difference(plain), ""
+    try:
+        difference, how = largest_difference(plain), ""
+    except Exception as error:  # every model has its own
+        raise ValueError(f"its forward pass fails in a rollout: {reason(error)}") from error
     if not difference < 1e-2 and not plain.windowed:  # perhaps it cannot live with holes
         plain.windowed = policy.windowed = True
         difference, how = largest_difference(plain), " if every prompt is read from its start"
     torch.set_float32_matmul_precision(precision)
     if not difference < 1e-2:
-        raise ValueError(f"log-probs of its rollouts are off by {difference:.2g} nats: a model "
-                         "whose answers depend on the rows beside them cannot be trained")
+        raise ValueError(f"log-probs of its rollouts are off by {difference:.2g} nats: its "
+                         "answers depend on the rows beside them, or on tokens that come later")
     if rank() == 0:
         print(f"{policy.model.config.model_type}: context of {policy.context_length} tokens; "
               f"rollouts and full passes agree to {difference:.0e} nats{how} "
