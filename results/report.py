@@ -549,6 +549,35 @@ def busy_table() -> str:
                       *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
+def models_table() -> str:
+    """results/models.csv, made by tests/benchmarks/models.py: a row per verdict and layers.
+
+    Refused models are put together by what they were told.
+    """
+    rows, groups = read(ROOT / "results/models.csv"), {}
+    for row in rows:
+        told = re.sub(r"off by \S+ nats", "off", row["reason"]).partition(":")[0]
+        kind = told or row["layers"]
+        groups.setdefault((row["verdict"], kind), []).append(row)
+    lines = ["| verdict | layers | models | largest difference, nats |", "|---|---|---|---|"]
+    for verdict in ("exact", "exact, slower", "off", "refused"):
+        for (of, kind), group in groups.items():
+            if of == verdict:
+                largest = max((float(x["difference"]) for x in group if x["difference"]),
+                              default=None)
+                layers = "; ".join(dict.fromkeys(x["layers"] for x in group))
+                cells = [f"{of}: {kind}" if group[0]["reason"] else of, layers,
+                         ", ".join(x["model"] for x in group),
+                         "" if largest is None else f"{largest:.0e}"]
+                lines.append("| " + " | ".join(cells) + " |")
+    tried = [row for row in rows if row["agree"]]
+    same = sum(row["agree"] == "yes" for row in tried)
+    types = len({row["model_type"] for row in rows})
+    lines.append(f"\n{len(rows)} configurations of {types} architectures. The self-check gave the "
+                 f"verdict of the trial for {same} of the {len(tried)} that could be tried.")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
@@ -567,6 +596,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
+    replace_block(ROOT / "docs/models.md", "models", models_table())
     credit.draw(ROOT / "docs/figures/credit.png")
     collect(runs, "cross")
     replace_block(ROOT / "README.md", "first run", first_run())

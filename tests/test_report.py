@@ -31,6 +31,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/results.md", "cross") == report.cross_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
     assert block("docs/gpu.md", "busy") == report.busy_table()
+    assert block("docs/models.md", "models") == report.models_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
     assert block("docs/seeupo.md", "turns") == report.turns_table()
     for name, arms in report.LADDERS.items():
@@ -94,6 +95,25 @@ def test_the_cross_table_by_hand(monkeypatch):
     assert lines[3] == "| warm start | 0.10 ± 0.00 | 0.10 ± 0.00 |"
     assert "| `ms_grpo` | 0.30 ± 0.14 | 0.50 ± 0.00 |" in lines and "| `igpo` | – | 0.95 ± 0.07 |" in lines
     assert "| `archer` | – | – |" in lines and len(lines) == 4 + len(report.CLAIMS)
+
+
+def test_the_table_of_models_by_hand(monkeypatch):
+    """One row per verdict and kind of layers; refused ones by their reason, whatever the number in it."""
+    rows = [dict(zip(("model", "model_type", "layers", "verdict", "difference", "agree", "reason"), line, strict=True))
+            for line in [("a", "a", "plain", "exact", "3e-06", "yes", ""),
+                         ("d", "d", "plain", "refused", "", "", "no cache: x"),
+                         ("e", "e", "odd", "refused", "2e+00", "no", "is off by 7 nats: y"),
+                         ("b (x)", "b", "plain", "exact", "2e-05", "yes", ""),
+                         ("f", "f", "plain", "refused", "1e+01", "yes", "is off by 0.8 nats: y"),
+                         ("b", "b", "plain", "exact, slower", "1e-06", "yes", ""),
+                         ("g", "g", "odd", "off", "5e-02", "no", "not seen")]]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    assert report.models_table().splitlines()[2:] == [
+        "| exact | plain | a, b (x) | 2e-05 |", "| exact, slower | plain | b | 1e-06 |",
+        "| off: not seen | odd | g | 5e-02 |", "| refused: no cache | plain | d |  |",
+        "| refused: is off | odd; plain | e, f | 1e+01 |",
+        "", "7 configurations of 6 architectures. The self-check gave the verdict of the trial for 4 of the 6 that could "
+        "be tried."]
 
 
 def run_of(*returns, seed="1", arm="a"):
