@@ -120,7 +120,7 @@ MODELS: dict[str, dict[str, dict]] = {  # kind of layers: name, which begins wit
         "cohere2_moe": {"logit_scale": 1.0, **MIXED}, "mimo_v2_flash": MIXED, "laguna": MIXED,
         "llama4_text": {"attention_chunk_size": 40, "layer_types": ["chunked_attention", "full_attention"],
                         "intermediate_size_mlp": 64, "num_hidden_layers": 2}},
-    "mixture of experts, indexed attention": {
+    "mixture of experts, indexed attention": {  # with few index heads many scores are 0: ties
         "deepseek_v32": {**LATENT, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 40},
         "glm_moe_dsa": {**LATENT, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 40}},
     "recurrent": {
