@@ -37,6 +37,7 @@ from utils import (
 transformers.utils.logging.disable_progress_bar()
 
 
+# === 1. How a chat template writes a conversation ================================================
 THOUGHT = re.compile(r"<think>.*?(</think>\s*|$)", re.DOTALL)  # one that was cut has no end
 
 
@@ -46,28 +47,6 @@ class Opening(NamedTuple):
     ids: list[int]  # up to the last special token
     text: str  # after it, for example "user\n"
     strips: bool  # whether this special token swallows the spaces that follow
-
-
-def context_length(config) -> int | None:
-    """How many tokens a row may have, if the config says it: tokens (or None).
-
-    Rotary factors that switch at some length (longrope, dynamic) would give one token different
-    log-probabilities in rows of different lengths: the switch is the limit.
-
-    >>> rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1] * 16,
-    ...         "long_factor": [4] * 16, "original_max_position_embeddings": 300}
-    >>> context_length(transformers.Phi3Config(
-    ...     hidden_size=64, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope,
-    ...     original_max_position_embeddings=300))
-    300
-    """
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # or by layer type
-    limits = [part.get("original_max_position_embeddings") for part in each
-              if part.get("rope_type") in ("longrope", "dynamic")]
-    limits.append(getattr(config, "max_position_embeddings", None))
-    return min((limit for limit in limits if limit), default=None)
 
 
 def plain_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, tokenizers.AddedToken]]:
@@ -97,17 +76,131 @@ def plain_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, tokenize
     return plain, markup
 
 
-class Policy:
-    """A causal language model, its tokenizer, and how its chat template writes a conversation.
+class ChatFormat:
+    r"""How a chat template writes a conversation.
 
-    A conversation in tokens is: head, observation, tail, ANSWER, end_id, between, observation,
+    In tokens a conversation is: head, observation, tail, ANSWER, end_id, between, observation,
     tail, ANSWER, ... where only ANSWER and (normally) its end are sampled. It is append-only:
     what was sampled is never decoded and encoded again. An answer ends at any token of end_ids.
+    With ChatML, in text (an observation is encoded as one piece with the ordinary text around it):
+
+        head      <|im_start|>system\nPlay well.<|im_end|>\n<|im_start|>  and then  user\n
+        tail      <|im_end|>\n<|im_start|>assistant\n
+        end_id    <|im_end|>
+        between   \n<|im_start|>  and then  user\n
+
+    A template or tokenizer whose rows would be wrong raises ValueError with the reason.
+    """
+
+    def __init__(self, tokenizer, instructions: str, ends: set, **template_kwargs):
+        """ends: what the model's config declares to end an answer, besides the tokenizer's."""
+        self.tokenizer, (self.plain, self.markup) = tokenizer, plain_tokenizer(tokenizer)
+
+        def render(*messages: tuple[str, str]) -> str:
+            chat = [{"role": role, "content": content} for role, content in messages]
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
+                                                 **template_kwargs)
+
+        question, answer, first = "QUESTION_MARK", "ANSWER_MARK", ""
+        if instructions:
+            with contextlib.suppress(Exception):  # some templates raise on a system role, ..
+                first = render(("system", instructions), ("user", question))
+            if instructions.strip() not in first:  # .. others skip it: it opens the first message
+                first = render(("user", f"{instructions}\n\n{question}"))
+        else:
+            first = render(("user", question))
+        dialogue = render(("user", question), ("assistant", answer), ("user", question))
+        if question not in first:
+            raise ValueError("its chat template does not show the user's message")
+        head, _, tail = first.rpartition(question)
+        asked, _, between = dialogue.partition(answer)
+        asked = asked.rpartition(question)[2]
+        self.lead = asked.removeprefix(tail) if asked.startswith(tail) else ""  # before an answer
+        self.thinks = "<think>" in tail and "</think>" not in tail.rpartition("<think>")[2]
+
+        # observations are encoded as one piece with the text around them, up to special tokens
+        self.head = self.opening(head)
+        ids, text, strips = self.opening(between.partition(question)[0])
+        if not ids or ids[0] not in self.markup:
+            raise ValueError("its chat template does not end an answer with a special token")
+        self.end_id, self.between = ids[0], Opening(ids[1:], text, strips)
+        encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        marks = [n for n, token in enumerate(ids) if token in self.markup]
+        self.tail_text = tail[: spans[marks[0]][0]] if marks else tail
+        self.tail = ids[marks[0] :] if marks else []
+        self.cue = tail[spans[marks[-1]][1] :] if marks else tail  # "assistant\n"
+
+        declared = {tokenizer.eos_token_id, *ends} & self.markup.keys()
+        if declared and self.end_id not in declared:
+            end, others = tokenizer.decode([self.end_id]), tokenizer.decode(sorted(declared))
+            raise ValueError(f"its chat template ends an answer with {end}, but its "
+                             f"generation_config.json declares only {others} as ends")
+        self.end_ids = [self.end_id, *sorted(declared - {self.end_id})]
+
+    def opening(self, text: str) -> Opening:
+        """The markup of a text that stands before an observation, and the rest of the text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        marks = [n for n, token in enumerate(ids) if token in self.markup]
+        if not marks:
+            return Opening(ids, "", False)
+        last, end = marks[-1], encoded["offset_mapping"][marks[-1]][1]
+        return Opening(ids[: last + 1], text[end:], self.markup[ids[last]].rstrip)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of outside text, which cannot contain a special token."""
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def show(self, opening: Opening, observation: str) -> list[int]:
+        """The tokens of an observation and of the markup around it."""
+        text = opening.text + observation + self.tail_text
+        return [*opening.ids, *self.encode(text.lstrip() if opening.strips else text), *self.tail]
+
+    def spell(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of an answer as the template writes it, and their places in the text."""
+        before = self.cue + self.lead
+        encoded, skip = self.plain.encode(before + answer, add_special_tokens=False), len(before)
+        cue = len(self.encode(self.cue))
+        return encoded.ids[cue:], [(a - skip, b - skip) for a, b in encoded.offsets[cue:]]
+
+    def action(self, token_ids: list[int]) -> str:
+        """What an answer says to the environment: all but its end and what it thinks in tags."""
+        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return THOUGHT.sub("", "<think>" * self.thinks + text)
+
+
+# === 2. The policy ===============================================================================
+def context_length(config) -> int | None:
+    """How many tokens a row may have, if the config says it: tokens (or None).
+
+    Rotary factors that switch at some length (longrope, dynamic) would give one token different
+    log-probabilities in rows of different lengths: the switch is the limit.
+
+    >>> rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1] * 16,
+    ...         "long_factor": [4] * 16, "original_max_position_embeddings": 300}
+    >>> context_length(transformers.Phi3Config(
+    ...     hidden_size=64, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope,
+    ...     original_max_position_embeddings=300))
+    300
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # or by layer type
+    limits = [part.get("original_max_position_embeddings") for part in each
+              if part.get("rope_type") in ("longrope", "dynamic")]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
+
+
+class Policy(ChatFormat):
+    """A causal language model that speaks the format of its chat template.
 
     history_turns None keeps the whole history in one growing row; n starts a new row each turn that
     shows the last n turns before the current observation.
 
-    A model or template whose results would be wrong raises ValueError with the reason.
+    A model whose results would be wrong raises ValueError with the reason.
     """
 
     history_turns: int | None = None
@@ -116,10 +209,14 @@ class Policy:
 
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False,
                  **template_kwargs):
-        self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
+        self.model, self.device = model.to(device), torch.device(device)
         self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
+        declared = set()
+        for config in (model.generation_config, model.config.get_text_config()):
+            ends = getattr(config, "eos_token_id", None)
+            declared |= set(ends if isinstance(ends, list) else [ends])
+        super().__init__(tokenizer, instructions, declared, **template_kwargs)
         self.read_model()
-        self.read_template(instructions, template_kwargs)
 
     def read_model(self):
         """Its context, its cache and its other peculiarities."""
@@ -153,82 +250,6 @@ class Policy:
         if most is not None and length is not None and length > most:
             raise ValueError(f"--context-length {length} is more than its context of {most}")
         self.context_length = length or most
-
-    def read_template(self, instructions: str, template_kwargs: dict):
-        """How the chat template writes what stands around observations and answers."""
-        tokenizer = self.tokenizer
-        self.plain, self.markup = plain_tokenizer(tokenizer)
-
-        def render(*messages: tuple[str, str]) -> str:
-            chat = [{"role": role, "content": content} for role, content in messages]
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                                 **template_kwargs)
-
-        question, answer, first = "QUESTION_MARK", "ANSWER_MARK", ""
-        if instructions:
-            with contextlib.suppress(Exception):  # some templates raise on a system role, ..
-                first = render(("system", instructions), ("user", question))
-            if instructions.strip() not in first:  # .. others skip it: it opens the first message
-                first = render(("user", f"{instructions}\n\n{question}"))
-        else:
-            first = render(("user", question))
-        dialogue = render(("user", question), ("assistant", answer), ("user", question))
-        if question not in first:
-            raise ValueError("its chat template does not show the user's message")
-        head, _, tail = first.rpartition(question)
-        asked, _, between = dialogue.partition(answer)
-        asked = asked.rpartition(question)[2]
-        self.lead = asked.removeprefix(tail) if asked.startswith(tail) else ""  # before an answer
-        self.thinks = "<think>" in tail and "</think>" not in tail.rpartition("<think>")[2]
-
-        # observations are encoded as one piece with the text around them, up to special tokens
-        self.head = self.open(head)
-        ids, text, strips = self.open(between.partition(question)[0])
-        if not ids or ids[0] not in self.markup:
-            raise ValueError("its chat template does not end an answer with a special token")
-        self.end_id, self.between = ids[0], Opening(ids[1:], text, strips)
-        encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        marks = [n for n, token in enumerate(ids) if token in self.markup]
-        self.tail_text = tail[: spans[marks[0]][0]] if marks else tail
-        self.tail = ids[marks[0] :] if marks else []
-        self.cue = tail[spans[marks[-1]][1] :] if marks else tail  # "assistant\n"
-
-        declared = {tokenizer.eos_token_id}
-        for config in (self.model.generation_config, self.model.config.get_text_config()):
-            ends = getattr(config, "eos_token_id", None)
-            declared |= set(ends if isinstance(ends, list) else [ends])
-        declared &= self.markup.keys()
-        if declared and self.end_id not in declared:
-            end, others = tokenizer.decode([self.end_id]), tokenizer.decode(sorted(declared))
-            raise ValueError(f"its chat template ends an answer with {end}, but its "
-                             f"generation_config.json declares only {others} as ends")
-        self.end_ids = [self.end_id, *sorted(declared - {self.end_id})]
-
-    def open(self, text: str) -> Opening:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        marks = [n for n, token in enumerate(ids) if token in self.markup]
-        if not marks:
-            return Opening(ids, "", False)
-        last, end = marks[-1], encoded["offset_mapping"][marks[-1]][1]
-        return Opening(ids[: last + 1], text[end:], self.markup[ids[last]].rstrip)
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of outside text, which cannot contain a special token."""
-        return self.plain.encode(text, add_special_tokens=False).ids
-
-    def show(self, opening: Opening, observation: str) -> list[int]:
-        """The tokens of an observation and of the markup around it."""
-        text = opening.text + observation + self.tail_text
-        return [*opening.ids, *self.encode(text.lstrip() if opening.strips else text), *self.tail]
-
-    def spell(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of an answer as the template writes it, and their places in the text."""
-        before = self.cue + self.lead
-        encoded, skip = self.plain.encode(before + answer, add_special_tokens=False), len(before)
-        cue = len(self.encode(self.cue))
-        return encoded.ids[cue:], [(a - skip, b - skip) for a, b in encoded.offsets[cue:]]
 
     def prompt(self, episode: Episode) -> tuple[list[int], bool]:
         """The tokens to feed before the next turn, and whether they start a new row."""
@@ -271,12 +292,6 @@ class Policy:
         """What to put in, unsampled, after these tokens of the turn."""
         return []
 
-    def action(self, token_ids: list[int]) -> str:
-        """What an answer says to the environment: all but its end and what it thinks in tags."""
-        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
-        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return THOUGHT.sub("", "<think>" * self.thinks + text)
-
     def autocast(self):
         """The precision of the passes: bf16, or fp32 throughout."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -299,6 +314,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
+# === 3. Loading a model, and a check of it =======================================================
 def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | None = None,
                 kind: type[Policy] = Policy) -> Policy:
     """The policy that `--model` names, as it is before any reinforcement learning.
@@ -395,6 +411,7 @@ def self_check(policy: Policy):
               f"({time.perf_counter() - start:.1f} s)")
 
 
+# === 4. The tiny model and its warm start ========================================================
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
