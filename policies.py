@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from envs.episodes import Episode, Turn, demonstrations
+from envs.episodes import Episode, Turn, attribute, demonstrations, text
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
     DEMONSTRATE, RunArgs, all_reduce_sum, collate, make_envs, micro_batches, optimizer_step, quiet,
@@ -38,7 +38,8 @@ transformers.utils.logging.disable_progress_bar()
 
 
 # === 1. How a chat template writes a conversation ================================================
-THOUGHT = re.compile(r"<think>.*?(</think>\s*|$)", re.DOTALL)  # one that was cut has no end
+THOUGHT = re.compile(r"<think>.*?(</think>\s*|\Z)", re.DOTALL)  # one that was cut has no end
+NOWHERE = "\U0010ffff"  # a character that no text of the policy has
 
 
 class Opening(NamedTuple):
@@ -65,7 +66,7 @@ def plain_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, tokenize
         if token["id"] not in markup:
             kept.append(token)
         elif token["content"] not in words:  # keeps its place, so that the others keep theirs
-            kept.append(token | {"content": f"\U0010ffff{token['id']}"})  # occurs nowhere
+            kept.append(token | {"content": f"{NOWHERE}{token['id']}"})
     core["added_tokens"] = kept
     core["truncation"] = core["padding"] = None
     text = json.dumps(core).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
@@ -92,7 +93,7 @@ class ChatFormat:
     A template or tokenizer whose rows would be wrong raises ValueError with the reason.
     """
 
-    def __init__(self, tokenizer, instructions: str, ends: set, **template_kwargs):
+    def __init__(self, tokenizer, instructions: str, ends: set, template_kwargs: dict):
         """ends: what the model's config declares to end an answer, besides the tokenizer's."""
         self.tokenizer, (self.plain, self.markup) = tokenizer, plain_tokenizer(tokenizer)
 
@@ -101,7 +102,8 @@ class ChatFormat:
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
                                                  **template_kwargs)
 
-        question, answer, first = "QUESTION_MARK", "ANSWER_MARK", ""
+        # 1. a first prompt in text: head, question, tail
+        question, answer, first = "Question_Mark", "Answer_Mark", ""
         if instructions:
             with contextlib.suppress(Exception):  # some templates raise on a system role, ..
                 first = render(("system", instructions), ("user", question))
@@ -109,28 +111,31 @@ class ChatFormat:
                 first = render(("user", f"{instructions}\n\n{question}"))
         else:
             first = render(("user", question))
-        dialogue = render(("user", question), ("assistant", answer), ("user", question))
-        if question not in first:
-            raise ValueError("its chat template does not show the user's message")
-        head, _, tail = first.rpartition(question)
-        asked, _, between = dialogue.partition(answer)
-        asked = asked.rpartition(question)[2]
-        self.lead = asked.removeprefix(tail) if asked.startswith(tail) else ""  # before an answer
+        if first.count(question) != 1:
+            raise ValueError("its chat template does not show the user's message once, as it is")
+        head, _, tail = first.partition(question)
         self.thinks = "<think>" in tail and "</think>" not in tail.rpartition("<think>")[2]
-
-        # observations are encoded as one piece with the text around them, up to special tokens
-        self.head = self.opening(head)
-        ids, text, strips = self.opening(between.partition(question)[0])
-        if not ids or ids[0] not in self.markup:
-            raise ValueError("its chat template does not end an answer with a special token")
-        self.end_id, self.between = ids[0], Opening(ids[1:], text, strips)
+        self.head, start = self.opening(head), self.opening(tail)
         encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         marks = [n for n, token in enumerate(ids) if token in self.markup]
-        self.tail_text = tail[: spans[marks[0]][0]] if marks else tail
+        self.tail_text = tail[: spans[marks[0]][0]] if marks else tail  # before its first markup
         self.tail = ids[marks[0] :] if marks else []
-        self.cue = tail[spans[marks[-1]][1] :] if marks else tail  # "assistant\n"
 
+        # 2. a dialogue in text: .. question, tail, lead, answer, end of the answer, between, ..
+        dialogue = render(("user", question), ("assistant", answer), ("user", question))
+        asked, _, between = dialogue.partition(answer)
+        asked = asked.rpartition(question)[2]
+        lead = self.opening(asked) if asked.startswith(tail) else start
+        self.cue = start.text  # of the tail, after its markup: "assistant\n"
+        skip = len(start.ids) + len(self.encode(self.cue)) if lead.ids != start.ids else None
+        self.lead, self.lead_text = lead.ids[skip:] if skip else [], lead.text
+        ids, text, strips = self.opening(between.partition(question)[0].lstrip(" "))
+        if not ids or ids[0] not in self.markup:
+            raise ValueError("its chat template does not end an answer with a special token")
+        self.end_id, self.between = ids[0], Opening(ids[1:], text, strips)
+
+        # 3. the tokens at which the model stops
         declared = {tokenizer.eos_token_id, *ends} & self.markup.keys()
         if declared and self.end_id not in declared:
             end, others = tokenizer.decode([self.end_id]), tokenizer.decode(sorted(declared))
@@ -143,14 +148,24 @@ class ChatFormat:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         marks = [n for n, token in enumerate(ids) if token in self.markup]
-        if not marks:
-            return Opening(ids, "", False)
+        if not marks:  # some tokenizers put a space before the first word of a row
+            same = self.encode(text) == ids
+            return Opening([], text, False) if same else Opening(ids, "", False)
         last, end = marks[-1], encoded["offset_mapping"][marks[-1]][1]
         return Opening(ids[: last + 1], text[end:], self.markup[ids[last]].rstrip)
 
+    def pieces(self, text: str) -> tokenizers.Encoding:
+        text = text.replace(NOWHERE, "\ufffd")
+        return self.plain.encode(text, add_special_tokens=False)
+
     def encode(self, text: str) -> list[int]:
         """The tokens of outside text, which cannot contain a special token."""
-        return self.plain.encode(text, add_special_tokens=False).ids
+        return self.pieces(text).ids
+
+    def tokens_of(self, text: str) -> list[int]:
+        """The tokens with which the model writes a text that may be markup, such as </think>."""
+        whole = [number for number, token in self.markup.items() if token.content == text]
+        return whole or self.encode(text)
 
     def show(self, opening: Opening, observation: str) -> list[int]:
         """The tokens of an observation and of the markup around it."""
@@ -158,11 +173,14 @@ class ChatFormat:
         return [*opening.ids, *self.encode(text.lstrip() if opening.strips else text), *self.tail]
 
     def spell(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of an answer as the template writes it, and their places in the text."""
-        before = self.cue + self.lead
-        encoded, skip = self.plain.encode(before + answer, add_special_tokens=False), len(before)
-        cue = len(self.encode(self.cue))
-        return encoded.ids[cue:], [(a - skip, b - skip) for a, b in encoded.offsets[cue:]]
+        """The tokens of an answer as the template writes it, and their places in the answer.
+
+        The template may put a space or an empty thought before it.
+        """
+        encoded, before = self.pieces(self.lead_text + answer), len(self.lead_text)
+        cue = 0 if self.lead else len(self.encode(self.cue))  # these tokens are in the prompt
+        spans = [(first - before, last - before) for first, last in encoded.offsets[cue:]]
+        return self.lead + encoded.ids[cue:], [(-1, -1)] * len(self.lead) + spans
 
     def action(self, token_ids: list[int]) -> str:
         """What an answer says to the environment: all but its end and what it thinks in tags."""
@@ -208,14 +226,15 @@ class Policy(ChatFormat):
     warned = False  # of an observation that is too long
 
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False,
-                 **template_kwargs):
+                 template_kwargs: dict | None = None):
         self.model, self.device = model.to(device), torch.device(device)
         self.bf16, self.checkpointed = bf16, []  # bf16: autocast; the weights stay fp32
         declared = set()
         for config in (model.generation_config, model.config.get_text_config()):
             ends = getattr(config, "eos_token_id", None)
             declared |= set(ends if isinstance(ends, list) else [ends])
-        super().__init__(tokenizer, instructions, declared, **template_kwargs)
+        self.template_kwargs = template_kwargs or {}
+        super().__init__(tokenizer, instructions, declared, self.template_kwargs)
         self.read_model()
 
     def read_model(self):
@@ -281,8 +300,13 @@ class Policy(ChatFormat):
         return turn.token_ids
 
     def close(self, turn: Turn) -> list[int]:
-        """The end of an answer that was cut by its cap."""
-        return [self.end_id] * (turn.token_ids[-1] not in self.end_ids)
+        """The end of an answer that was cut by its cap.
+
+        Where one token ends an answer and begins the next message (GLM), no other end does.
+        """
+        begins = not self.between.ids and self.head.ids[-1:] == [self.end_id]
+        ends = [self.end_id] if begins else self.end_ids
+        return [self.end_id] * (turn.token_ids[-1] not in ends)
 
     def turn_cap(self, episode: Episode, used: int) -> int:
         """How many tokens the next turn may have, after `used` tokens of context."""
@@ -327,15 +351,22 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
     if tiny:
         folder = tiny_folder(args, env, history_turns)
     try:
-        template_kwargs = dict(json.loads(args.template_kwargs))
-    except (ValueError, TypeError) as error:
-        stop(f"--template-kwargs {args.template_kwargs}: {reason(error)}")
+        rules = text("instructions", attribute(env, "instructions") or "")
+    except Exception as error:
+        stop(f"--env-id {args.env_id}: {reason(error)}")
+    try:
+        template_kwargs = json.loads(args.template_kwargs)
+        assert isinstance(template_kwargs, dict)
+    except (ValueError, AssertionError):
+        stop(f"--template-kwargs {args.template_kwargs}: this is not a JSON object")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        rules = "" if tokenizer.chat_template == TINY_TEMPLATE else getattr(
-            env.unwrapped, "instructions", "")
-        policy = kind(model, tokenizer, args.device, rules, **template_kwargs)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"its folder lacks {len(missing)} weights, such as {missing[0]}")
+        rules = "" if tokenizer.chat_template == TINY_TEMPLATE else rules  # it has not read them
+        policy = kind(model, tokenizer, args.device, rules, template_kwargs=template_kwargs)
         policy.limit_context(args.context_length)
         if not tiny:
             self_check(policy)
@@ -379,8 +410,10 @@ def largest_difference(policy: Policy) -> float:
     envs = [Rehearsal(text, turns) for text, turns in zip(texts, (2, 1, 3), strict=True)]
     episodes = [Episode(0, text) for text in texts]
     rollout(policy, envs, episodes, [random_stream(i) for i in range(3)], 3, temperature=1.0)
-    largest, played = 0.0, [episode for episode in episodes if episode.turns]
-    for some in (played, *([episode] for episode in played)) if played else ():
+    if not all(episode.turns for episode in episodes):
+        raise ValueError(f"a context of {policy.context_length} tokens is too short to try it")
+    largest = 0.0
+    for some in (episodes, *([episode] for episode in episodes)):
         batch = collate(some, policy.device)
         with torch.no_grad():
             logprobs, _ = token_logprobs(policy, batch, temperature=1.0)
@@ -389,10 +422,14 @@ def largest_difference(policy: Policy) -> float:
 
 
 def self_check(policy: Policy):
-    """Refuse a model whose rollouts do not give the log-probs that training would compute."""
+    """Refuse a model whose rollouts do not give the log-probs that training would compute.
+
+    A model that is only exact without holes in its cache is treated as one with sliding windows.
+    """
     start, precision = time.perf_counter(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    plain = Policy(policy.model, policy.tokenizer, policy.device)  # of no special kind, in fp32
+    plain = Policy(policy.model, policy.tokenizer, policy.device,  # of no special kind, in fp32
+                   template_kwargs=policy.template_kwargs)
     plain.max_turn_tokens, plain.context_length = 4, policy.context_length
     try:
         difference, how = largest_difference(plain), ""

@@ -55,6 +55,8 @@ def check_args(args: RunArgs):
         device = torch.device(args.device)
     except RuntimeError as error:
         stop(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        stop(f"--device {args.device}: cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         stop(f"--device {args.device}: there is no CUDA device")
     if world_size() > 1 and device.index is not None:

@@ -80,8 +80,8 @@ def stop(message: str):
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, for one clear line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An error in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:400]
 
 
 # === 2. Processes and random streams =============================================================
@@ -298,7 +298,7 @@ def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False)
     try:
         kwargs = json.loads(args.env_kwargs)
         return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
-    except Exception as error:  # a constructor may raise anything
+    except (Exception, SystemExit) as error:  # a constructor may raise anything
         unknown = isinstance(error, (gym.error.UnregisteredEnv, ModuleNotFoundError))
         stop(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {type(error).__name__}: "
              + reason(error) + f" Known: {', '.join(known_ids())}" * unknown)
@@ -515,4 +515,5 @@ def evaluate(policy: Policy, envs: list[gym.Env],
         episodes += rollout(policy, envs, started,
                             [random_stream(args.seed, EVALUATE, i) for i in index],
                             args.max_turns, args.eval_temperature)
+    policy.check_room(envs[0], episodes)
     return episode_metrics(episodes), episodes

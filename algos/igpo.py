@@ -50,7 +50,7 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from envs.episodes import Episode, Turn, start_episodes
+from envs.episodes import Episode, Turn, attribute, start_episodes
 from policies import Policy, load_policy
 from run_folder import Run
 from utils import (
@@ -198,18 +198,25 @@ def beliefs_before_turns(policy: Policy, episodes: list[Episode], template: str,
     -> (N,) in double, N turns in all. A row for every turn: its context, then the answer as if the
     policy had given it there. The policy that sampled is asked, at the temperature of the sampling.
     """
-    rows = []
+    rows: dict[tuple, Episode] = {}  # equal ones once, so that equal beliefs are not rounded apart
+    keys = []
     for episode in episodes:
-        ids, outside = wrap_answer(policy, template, str(episode.start_info["answer"]))
+        answer = episode.start_info.get("answer")
+        if not isinstance(answer, str | int | float):
+            stop(f"--env-id {args.env_id}, seed {episode.seed}: info['answer'] is {answer!r}")
+        ids, outside = wrap_answer(policy, template, str(answer))
         context = []
         for turn in episode.turns:
             context = context + turn.prompt_ids
             said = Turn("", "", context, True, ids, [0.0] * len(ids), forced=outside)
-            rows.append(Episode(episode.seed, "", [said]))
+            keys.append((*context, -1, *ids))
+            rows.setdefault(keys[-1], Episode(episode.seed, "", [said]))
             context = context + turn.token_ids
-    batch = collate(rows, policy.device)
-    logprobs, _ = batch_logprobs(policy, batch, args)  # (N, T), 0 outside of the answer
+    batch = collate(list(rows.values()), policy.device)
+    logprobs, _ = batch_logprobs(policy, batch, args)  # (rows, T), 0 outside of the answer
     means = logprobs.double().sum(1) / (batch["turn_id"] >= 0).sum(1)
+    number = {key: n for n, key in enumerate(rows)}
+    means = means[[number[key] for key in keys]]  # (N,)
     return means.exp() if args.belief == "prob" else means
 
 
@@ -253,8 +260,13 @@ def main(args: Args) -> dict[str, float]:
         if "answer" not in start_episodes([env], [0])[0].start_info:
             stop(f"--env-id {args.env_id}: IGPO needs to know the right answer, and the "
                  "reset of the environment has none in info['answer']")
-        template = getattr(env.unwrapped, "answer_template", "{answer}")
+        template = attribute(env, "answer_template", "{answer}")
+        if "{answer}" not in str(template):
+            stop(f"--env-id {args.env_id}: its answer_template {template!r} has no {{answer}}")
         envs, policy = make_envs(args), load_policy(args)
+        if policy.thinks:
+            stop(f"--model {args.model}: its prompt opens a thought, in which no answer is heard; "
+                 "--template-kwargs may turn thinking off")
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
 
         for iteration in run.iterations(policy, optimizer=optimizer):

@@ -45,7 +45,7 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from envs.episodes import Episode, Turn
+from envs.episodes import Episode, Turn, attribute
 from policies import Policy, load_policy
 from run_folder import Run
 from utils import (
@@ -169,7 +169,7 @@ class BudgetPolicy(Policy):
     """A policy whose thoughts have an allowance and may be dropped from later contexts."""
 
     def set_budget(self, args: Args, mark: str):
-        self.args, self.mark = args, self.encode(mark)
+        self.args, self.mark = args, self.tokens_of(mark)
         self.context_length = min(self.context_length, args.context_limit)
         self.history_turns = args.max_turns if args.drop_thoughts else None
         self.reserve = len(self.mark) + args.max_turn_tokens
@@ -287,7 +287,7 @@ def main(args: Args) -> dict[str, float]:
         envs = [TurnLimit(env, args.max_turns, args.reminder) for env in make_envs(args)]
         run.eval_envs = [TurnLimit(env, args.max_turns, args.reminder) for env in run.eval_envs]
         policy = load_policy(args, env=envs[0], kind=BudgetPolicy)
-        policy.set_budget(args, getattr(envs[0].unwrapped, "end_of_thought", "</think>"))
+        policy.set_budget(args, attribute(envs[0], "end_of_thought", "</think>"))
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         if args.turn_limit != "none":
             pilot = collect_groups(policy, envs, args, iteration=2**40)  # own random numbers

@@ -185,7 +185,8 @@ def answer_table(episodes: list[Episode]) -> Tensor:
     -> (E, 6) in double: turn of the right answer (from 1; inf if there is none), number of turns,
     of answers, of distinct answers, of malformed turns, of answers that are candidates
     """
-    answers = [[turn.info["submitted"] for turn in e.turns] for e in episodes]
+    answers = [[turn.info.get("submitted") for turn in e.turns] for e in episodes]
+    answers = [[None if text is None else str(text) for text in row] for row in answers]
     num_turns = [len(e.turns) for e in episodes]
     right = [n if e.success else float("inf") for n, e in zip(num_turns, episodes, strict=True)]
     in_range = [sum(turn.info.get("in_range", False) for turn in e.turns) for e in episodes]

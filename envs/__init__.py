@@ -4,6 +4,8 @@ import importlib
 
 import gymnasium as gym
 
+from envs.episodes import attribute
+
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
 gym.register("turnrl/GuessMyCity-v0", entry_point="envs.twenty_questions:GuessMyCity")
 gym.register("turnrl/RetryMath-v0", entry_point="envs.retry_math:RetryMath")
@@ -28,7 +30,7 @@ def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
     if is_toy_text(gym.spec(env_id)):
         env_id, kwargs = "turnrl/ToyText-v0", {"game": env_id, **kwargs}
     env = gym.make(env_id, disable_env_checker=True, **kwargs)
-    if evaluation and (changes := getattr(env.unwrapped, "evaluation_kwargs", {})):
+    if evaluation and (changes := attribute(env, "evaluation_kwargs")):
         env = gym.make(env_id, disable_env_checker=True, **{**kwargs, **changes})
     if not all(isinstance(s, gym.spaces.Text) for s in (env.observation_space, env.action_space)):
         raise ValueError(f"{env_id} does not speak text: its spaces are {env.observation_space} "

@@ -68,8 +68,8 @@ class Episode:
             observation, reward, terminated, truncated, info = fields(
                 env.step(turn.action), "observation", "reward", "terminated", "truncated", "info")
             array = np.asarray(reward)
-            if array.size != 1 or array.dtype.kind not in "biuf" or not np.isfinite(array):
-                raise ValueError(f"reward {reward!r} is not a finite number")
+            if array.size != 1 or array.dtype.kind not in "biuf" or not abs(array) < 1e30:
+                raise ValueError(f"reward {reward!r} is not a finite number (below 1e30)")
             turn.reward, turn.info = float(array.item()), checked_info(info)
             self.terminated = yes_or_no("terminated", terminated)
             self.truncated = yes_or_no("truncated", truncated) and not self.terminated
@@ -102,8 +102,15 @@ def blaming(env: gym.Env, episode: Episode):
     """Around everything an environment does, and the reading of what it returns."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code in (130, 143):  # it was a signal
+            raise
         raise EnvironmentFault(episode, env, error) from error
+
+
+def attribute(env: gym.Env, name: str, default=None):
+    """What an environment or a wrapper around it defines."""
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
 
 
 def fields(answer, *names: str):
@@ -161,7 +168,7 @@ def demonstrations(env: gym.Env, seeds: list[int], max_turns: int, rng) -> list[
     for seed in seeds:
         [episode] = start_episodes([env], [seed])
         while not episode.done and len(episode.turns) < max_turns:
-            player = getattr(env.unwrapped, "demonstrate", None)
+            player = attribute(env, "demonstrate")
             if player is None and "legal_actions" not in episode.info:
                 raise NotImplementedError("it has neither demonstrate() nor info['legal_actions'] "
                                           "to warm-start the tiny model")

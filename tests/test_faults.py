@@ -20,7 +20,7 @@ from algos import ms_grpo
 from conftest import random_policy
 from envs import episodes as records
 from envs import make_env
-from envs.episodes import EnvironmentFault, Turn, demonstrations, start_episodes
+from envs.episodes import Episode, EnvironmentFault, Turn, blaming, demonstrations, start_episodes
 from test_cli import QUICK, WORDS, command, fails, only_run, quick, rows_of, same_weights
 from words import Faulty
 
@@ -234,7 +234,7 @@ def test_a_failure_that_only_its_library_knows_is_told_and_undone_as_well(tmp_pa
         policy.model.save_pretrained(folder)
         raise Exception("No space left on device (os error 28)\nmore")
     policy.save = cut_short
-    fails(capsys, "checkpoint cannot be written: No space left on device (os error 28) (last checkpoint: iteration 3",
+    fails(capsys, "checkpoint cannot be written: No space left on device (os error 28) more (last checkpoint: iteration 3",
           call=lambda: run.save(policy))
     assert {path.name: path.read_bytes() for path in (run.folder / "checkpoint").iterdir()} == good
     assert {path.name for path in run.folder.iterdir()} == {"args.json", "checkpoint"}
@@ -243,3 +243,21 @@ def test_a_failure_that_only_its_library_knows_is_told_and_undone_as_well(tmp_pa
 def test_a_run_folder_that_cannot_be_made_gets_one_line(tmp_path, capsys):
     (tmp_path / "runs").write_text("a file")
     fails(capsys, "args.json cannot be written", "Not a directory", "last checkpoint: none", args=quick(tmp_path))
+
+
+def test_an_environment_that_leaves_the_program_is_named_and_a_signal_is_none_of_its_faults():
+    for code, kind in ((0, EnvironmentFault), (None, EnvironmentFault), (130, SystemExit), (143, SystemExit)):
+        with pytest.raises(kind), blaming(Faulty(), Episode(1, "")):
+            raise SystemExit(code)
+
+
+@pytest.mark.parametrize("reward", [1e308, -1e30, float("inf"), float("nan")])
+def test_rewards_whose_sums_could_overflow_are_faults(reward):
+    env = Faulty()
+    env.step = lambda action: ("next", reward, False, False, {})
+    with pytest.raises(EnvironmentFault, match="is not a finite number"):
+        Episode(1, "").answer(env, Turn("", ""))
+
+
+def test_other_devices_are_refused(tmp_path, capsys):
+    fails(capsys, "--device meta: cpu or cuda", args=quick(tmp_path, device="meta"))

@@ -364,3 +364,37 @@ def test_an_environment_without_an_answer_is_refused(tmp_path, capsys):
         main(Args(**QUICK, run_dir=str(tmp_path), env_id="turnrl/FrozenLake-v0"))
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) == 1 and "info['answer']" in lines[0]
+
+
+def test_equal_contexts_have_equal_beliefs_whatever_batch_they_are_in(policy, episodes):
+    """Seven times the same two turns, in micro-batches of two rows: rounding would tell them apart, a z-score enlarge it."""
+    copies = [copy.deepcopy(episodes[0]) for _ in range(7)] + episodes[1:]
+    beliefs = beliefs_before_turns(policy, copies, "answer {answer}", Args(micro_batch_tokens=300))
+    count = len(episodes[0].turns)
+    table = beliefs[: 7 * count].view(7, count)
+    assert (table == table[0]).all() and len(set(beliefs.tolist())) > count
+
+
+@pytest.mark.parametrize("answer", [None, ["Ada"], {}])
+def test_an_answer_that_is_no_text_is_refused(policy, episodes, answer, capsys):
+    episodes[2].start_info["answer"] = answer
+    with pytest.raises(SystemExit, match="2"):
+        beliefs_before_turns(policy, episodes, "{answer}", Args())
+    assert f"seed 2: info['answer'] is {answer!r}" in capsys.readouterr().err
+    del episodes[2].start_info["answer"]
+    with pytest.raises(SystemExit, match="2"):
+        beliefs_before_turns(policy, episodes, "{answer}", Args())
+
+
+def test_a_thought_that_the_prompt_opens_and_a_template_without_the_answer_are_refused(tmp_path, capsys, monkeypatch):
+    template = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    tokenizer = byte_tokenizer(template, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu").save(tmp_path / "chat")
+    args = Args(model=str(tmp_path / "chat"), run_dir=str(tmp_path), eval_episodes=2)
+    with pytest.raises(SystemExit, match="2"):
+        main(args)
+    assert "its prompt opens a thought" in capsys.readouterr().err
+    monkeypatch.setattr("envs.search_qa.SearchQA.answer_template", "answer")
+    with pytest.raises(SystemExit, match="2"):
+        main(args)
+    assert "its answer_template 'answer' has no {answer}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import datetime
 import json
 import re
 
+import gymnasium as gym
 import pytest
 import torch
 import transformers
@@ -12,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import policies
 from conftest import CHATML, Script, byte_tokenizer, random_model, random_policy, streams
-from envs.episodes import Episode, Turn
+from envs.episodes import Episode, Turn, demonstrations
 from policies import Policy, load_policy, plain_tokenizer, tiny_folder
 from run_folder import Run
 from test_chat_formats import FORMATS, Format, history
-from utils import RunArgs, collate, rollout
+from utils import RunArgs, collate, evaluate, make_envs, rollout
 from words import Words
 
 IM = ["<|im_start|>", "<|im_end|>"]
@@ -33,12 +34,12 @@ HARMONY = ("{% for m in messages %}{{ '<|start|>' + m.role + '<|channel|>final<|
            "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}")
 
 
-def policy_of(template=CHATML, specials=IM, end="<|im_end|>", instructions="", ends=None, **template_kwargs) -> Policy:
+def policy_of(template=CHATML, specials=IM, end="<|im_end|>", instructions="", ends=None, template_kwargs=None) -> Policy:
     """A random model; ends: what its generation_config declares."""
     tokenizer = byte_tokenizer(template, specials, end)
     model = random_model("llama", len(tokenizer))
     model.generation_config.eos_token_id = ends and tokenizer.convert_tokens_to_ids(ends)
-    return Policy(model, tokenizer, "cpu", instructions, **template_kwargs)
+    return Policy(model, tokenizer, "cpu", instructions, template_kwargs=template_kwargs)
 
 
 def first_prompt(policy, observation="P_G") -> str:
@@ -99,7 +100,7 @@ def test_a_resumed_run_keeps_the_date_in_its_prompts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("template,said,heard", [
     (THINKING, "<think>\nup? no\n</think>\n\nleft", "left"), (THINKING, "<think></think>left", "left"),
     (THINKING, "left", "left"), (THINKING, " left\n", " left\n"), (THINKING, "<think>up or do", ""),
-    (THINKING, "<think>a</think>b<think>c</think> left", "bleft"), (THINKING, "thinking: left", "thinking: left"),
+    (THINKING, "<think>a</think>b<think>c</think> left", "bleft"), (THINKING, "<think>up\n", ""), (THINKING, "thinking: left", "thinking: left"),
     (OPENED, "up? no\n</think>\n\nleft", "left"), (OPENED, "up or do", ""), (OPENED, "a</think>", "")])
 def test_what_stands_between_the_tags_is_not_acted_on(template, said, heard):
     policy = policy_of(template)
@@ -324,3 +325,111 @@ def test_a_first_observation_without_room_is_warned_of_once_and_all_of_them_stop
     with pytest.raises(SystemExit, match="2"):
         policy.check_room(game, [long])
     assert "error: environment Words, seed 7: " in capsys.readouterr().err
+
+
+# --- what a sceptic tried ---------------------------------------------------------------------------
+def test_prompts_that_do_not_fit_are_named_in_an_evaluation_too(capsys):
+    policy = random_policy()
+    policy.context_length = 20
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(policy, make_envs(RunArgs(), 4), RunArgs(eval_episodes=4))
+    assert "too much to answer in a context of 20 tokens" in capsys.readouterr().err
+
+
+def test_a_context_too_short_for_the_self_check_is_no_pass():
+    policy = random_policy()
+    policy.context_length = 40
+    with pytest.raises(ValueError, match="a context of 40 tokens is too short to try it"):
+        policies.self_check(policy)
+
+
+def test_the_self_check_renders_with_the_same_template_kwargs(tmp_path):
+    strict = "{% if not mode is defined %}{{ raise_exception('say mode') }}{% endif %}" + CHATML
+    policy_of(strict, template_kwargs={"mode": 1}).save(tmp_path)
+    load_policy(RunArgs(model=str(tmp_path), template_kwargs='{"mode": 1}'))
+
+
+def test_the_mark_of_a_thought_is_the_token_that_the_model_samples():
+    """</think> is one token of a thinking model, and pieces of text for others."""
+    policy = policy_of(THINKING, [*IM, "<think>", "</think>"])
+    assert policy.tokens_of("</think>") == policy.tokenizer.convert_tokens_to_ids(["</think>"])
+    assert policy.tokens_of(" so") == policy.encode(" so") and len(policy_of(THINKING).tokens_of("</think>")) == 8
+    assert policy.action([*policy.encode("a"), *policy.tokens_of("</think>")]) == "a</think>"
+
+
+def test_an_empty_thought_before_an_answer_is_written_as_the_template_writes_it():
+    """GLM 4.5: in a dialogue an answer follows an empty thought, which the prompt does not hold."""
+    template = GLM.replace("m.content }}", "('<think></think>\n' if m.role == 'assistant' else '') + m.content }}")
+    specials = ["[gMASK]", "<|user|>", "<|assistant|>", "<think>", "</think>", "<|endoftext|>"]
+    policy = policy_of(template, specials, "<|endoftext|>", ends=["<|endoftext|>", "<|user|>"])
+    ids, spans = policy.spell("up")
+    assert ids == [*policy.tokenizer("<think></think>", add_special_tokens=False)["input_ids"], *policy.encode("\nup")]
+    assert spans[-2:] == [(0, 1), (1, 2)] and all(last <= 0 for _, last in spans[:-2])
+    other = policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert policy.close(Turn("", "", token_ids=[other])) == [policy.end_id], "it opens the user's message"
+    assert policy.close(Turn("", "", token_ids=[policy.end_id])) == []
+
+
+def test_a_space_before_the_end_of_an_answer_is_no_end():
+    """Llama 2: ' left </s>'. The space is the model's to sample or not."""
+    template = FORMATS["mistral"].template.replace("m.content | trim + '</s>'", "m.content | trim + ' </s>'")
+    policy = policy_of(template, ["<s>", "</s>"], "</s>")
+    assert policy.tokenizer.decode(policy.end_id) == "</s>"
+
+
+@pytest.mark.parametrize("template", [
+    CHATML.replace("m.content", "m.content + m.content"), CHATML.replace("m.content", "m.content | upper")])
+def test_a_template_that_changes_the_users_message_is_refused(template):
+    with pytest.raises(ValueError, match="does not show the user's message once, as it is"):
+        policy_of(template)
+
+
+def test_a_head_of_ordinary_text_is_one_piece_with_the_first_observation():
+    """Vicuna without a token at the start: 'USER: ' + 'Hello'."""
+    template = ("{% for m in messages %}{{ 'USER: ' + m.content + ' ' if m.role == 'user' else 'ASSISTANT: ' + m.content + '</s>' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+    for tokenizer in (byte_tokenizer(template, ["</s>"], "</s>"), sentencepiece_like("always", template, ["</s>"], "</s>")):
+        policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu")
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "left"}], tokenize=False, add_generation_prompt=True)
+        assert policy.prompt(Episode(0, "left"))[0] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_no_text_can_name_the_stand_in_of_a_special_token():
+    policy = policy_of()
+    for number in policy.markup:
+        assert number not in policy.encode(f"\U0010ffff{number}")
+
+
+def test_missing_weights_are_not_made_up(tmp_path, capsys):
+    policy = random_policy("llama")
+    weights = {name: x for name, x in policy.model.state_dict().items() if "layers.1.mlp" not in name}
+    policy.model.save_pretrained(tmp_path, state_dict=weights)
+    policy.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        load_policy(RunArgs(model=str(tmp_path)))
+    assert "its folder lacks 3 weights, such as model.layers.1.mlp.down_proj.weight" in capsys.readouterr().err
+
+
+class Around(gym.Wrapper):
+    """Rules and a scripted player of a wrapper."""
+
+    instructions = "Cross the lake."
+
+    def demonstrate(self, rng):
+        return "down"
+
+
+def test_what_a_wrapper_defines_counts(tmp_path):
+    env = Around(make_envs(RunArgs(), 1)[0])
+    assert [e.turns[0].action for e in demonstrations(env, [1, 2], 1, None)] == ["down", "down"]
+    random_policy("llama").save(tmp_path)
+    assert "Cross the lake." in first_prompt(load_policy(RunArgs(model=str(tmp_path)), env=env))
+
+
+@pytest.mark.parametrize("rules", [["a"], 3])
+def test_rules_that_are_no_text_blame_the_environment(rules, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Around, "instructions", rules)
+    random_policy("llama").save(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        load_policy(RunArgs(model=str(tmp_path)), env=Around(make_envs(RunArgs(), 1)[0]))
+    assert f"error: --env-id turnrl/FrozenLake-v0: instructions is not a string: {rules!r}" in capsys.readouterr().err

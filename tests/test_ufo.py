@@ -418,3 +418,9 @@ def test_what_cannot_be_trained_ends_with_one_clear_line(flags, needle, tmp_path
         run(tmp_path, **flags)
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and needle in lines[0], lines
+
+
+def test_answers_may_be_numbers_or_missing():
+    """info["submitted"] of somebody else's environment: 7 and "7" are one answer, none is none."""
+    turns = [Turn("", "", info=info) for info in ({"submitted": 7}, {"submitted": "7"}, {}, {"submitted": None})]
+    assert answer_table([Episode(0, "", turns)])[0, 2:5].tolist() == [2, 1, 2]  # answers, distinct, malformed
