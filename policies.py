@@ -241,7 +241,8 @@ class Policy(ChatFormat):
         """Its context, its cache and its other peculiarities."""
         self.context_length = context_length(self.model.config)
         flags = inspect.signature(self.model.forward).parameters
-        names = [name for name in ("cache", "past_key_values") if name in flags]  # new name first
+        known = ("cache", "past_key_values", "cache_params")  # depends on model and version
+        names = [name for name in known if name in flags]
         if not names:
             raise ValueError("its forward pass takes no cache: it would forget what it has read")
         self.cache_name = names[0]
