@@ -73,7 +73,7 @@ class Episode:
             turn.reward, turn.info = float(array.item()), checked_info(info)
             self.terminated = yes_or_no("terminated", terminated)
             self.truncated = yes_or_no("truncated", truncated) and not self.terminated
-            self.observation, self.info = text("observation", observation), turn.info
+            self.observation, self.info = checked_text("observation", observation), turn.info
         self.turns.append(turn)
 
     def transcript(self) -> str:
@@ -114,12 +114,13 @@ def attribute(env: gym.Env, name: str, default=None):
 
 
 def fields(answer, *names: str):
+    """What reset() or step() returned, if it has the parts that it must have."""
     if not isinstance(answer, (tuple, list)) or len(answer) != len(names):
         raise TypeError(f"expected ({', '.join(names)}), got {answer!r}")
     return answer
 
 
-def text(name: str, value) -> str:
+def checked_text(name: str, value) -> str:
     """A string that can be encoded: a lone surrogate becomes U+FFFD."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is not a string: {value!r}")
@@ -138,7 +139,8 @@ def checked_info(info) -> dict:
     """A copy of what an environment tells; None tells nothing."""
     if not isinstance(info, Mapping | None):
         raise TypeError(f"info is not a dict: {info!r}")
-    info = {name: text(name, x) if isinstance(x, str) else x for name, x in (info or {}).items()}
+    info = {name: checked_text(name, x) if isinstance(x, str) else x
+            for name, x in (info or {}).items()}
     flags = info.keys() & {"success", "invalid_action"}
     return info | {name: yes_or_no(name, info[name]) for name in flags}
 
@@ -153,7 +155,7 @@ def start_episodes(envs: list[gym.Env], seeds: list[int]) -> list[Episode]:
         episodes.append(episode := Episode(int(seed), observation=""))
         with blaming(env, episode):
             observation, info = fields(env.reset(seed=int(seed)), "observation", "info")
-            episode.observation = text("observation", observation)
+            episode.observation = checked_text("observation", observation)
             episode.info = checked_info(info)
         episode.start_info, start = episode.info, first.setdefault(seed, episode.observation)
         if start != episode.observation and os.environ.get("RANK", "0") == "0":
@@ -174,7 +176,7 @@ def demonstrations(env: gym.Env, seeds: list[int], max_turns: int, rng) -> list[
                                           "to warm-start the tiny model")
             with blaming(env, episode):
                 action = player(rng) if player else str(rng.choice(episode.info["legal_actions"]))
-                action = text("the demonstrated action", action)
+                action = checked_text("the demonstrated action", action)
             episode.answer(env, Turn(episode.observation, action))
         episodes.append(episode)
     return episodes

@@ -293,8 +293,16 @@ def test_the_first_demonstration_that_does_not_fit_is_one_line(capsys, tmp_path,
     assert int(said[2]) < 1100, "the first that does not fit"
 
 
+def test_the_tokenizer_reads_a_bounded_sample():
+    """The first four million characters: a word that comes later gets no token of its own."""
+    early, late = ["early"] * 9, ["later"] * 9
+    for filler, known in ((100, True), (2**22, False)):
+        _, tokenizer = policies.make_tiny(RunArgs(), [*early, "." * filler, *late])
+        assert len(tokenizer.encode("early")) == 1 and (len(tokenizer.encode("later")) == 1) == known
+
+
 def test_the_warm_start_pads_only_the_rows_of_a_step(monkeypatch, tmp_path):
-    """One demonstration is a hundred times as long as the others; a tokenizer is trained on a bounded sample."""
+    """Of thousands of rows only those that a step has drawn are collated."""
     monkeypatch.setenv("TURNRL_CACHE", str(tmp_path))
     sizes = []
     monkeypatch.setattr(policies, "collate", lambda episodes, *more: sizes.append(len(episodes)) or collate(episodes, *more))
@@ -339,7 +347,7 @@ def test_prompts_that_do_not_fit_are_named_in_an_evaluation_too(capsys):
 def test_a_context_too_short_for_the_self_check_is_no_pass():
     policy = random_policy()
     policy.context_length = 40
-    with pytest.raises(ValueError, match="a context of 40 tokens is too short to try it"):
+    with pytest.raises(ValueError, match="^a context of 40 tokens is too short to try it"):
         policies.self_check(policy)
 
 
