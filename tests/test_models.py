@@ -103,3 +103,12 @@ def test_the_table_is_of_these_models():
         else:
             assert float(row["difference"]) < 1e-3 and row["gradient"] == "finite", row
             assert float(row["influence"]) > 0.1, "a model whose attention does not matter proves nothing"
+
+
+def test_a_model_that_cannot_live_with_holes_reads_every_prompt_from_its_start(capsys):
+    """MPT counts holes as tokens; nothing in its config says so, the self-check finds it out."""
+    policy = policy_of("mpt", 2000)
+    assert not policy.windowed and policies.largest_difference(policy) > 1e-2
+    self_check(policy)
+    assert policy.windowed and "if every prompt is read from its start" in capsys.readouterr().out
+    assert policies.largest_difference(policy) < 1e-4

@@ -441,3 +441,29 @@ def test_rules_that_are_no_text_blame_the_environment(rules, tmp_path, capsys, m
     with pytest.raises(SystemExit, match="2"):
         load_policy(RunArgs(model=str(tmp_path)), env=Around(make_envs(RunArgs(), 1)[0]))
     assert f"error: --env-id turnrl/FrozenLake-v0: instructions is not a string: {rules!r}" in capsys.readouterr().err
+
+
+def test_blanks_after_a_token_that_swallows_them_are_swallowed():
+    """Phi-3: '<|user|>' takes the line end of the template, and with it the blanks that an observation begins with."""
+    tokenizer = byte_tokenizer(PHI, [], "<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [
+        AddedToken(mark, rstrip=True, normalized=False) for mark in PHI_FORMAT.specials]})
+    policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "  _P_\n"}], tokenize=False, add_generation_prompt=True)
+    ids = policy.prompt(Episode(0, "  _P_\n"))[0]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"] and policy.head.strips
+    assert tokenizer.decode(ids) == "<|user|>_P_\n<|end|><|assistant|>"
+
+
+def test_a_context_beyond_the_models_own_is_refused():
+    policy = random_policy()
+    policy.limit_context(2048)
+    with pytest.raises(ValueError, match="--context-length 2049 is more than its context of 2048"):
+        policy.limit_context(2049)
+    policy.limit_context(100)
+    assert policy.context_length == 100
+
+
+def test_a_tokenizer_of_another_library_is_refused():
+    with pytest.raises(ValueError, match="not one of the tokenizers library"):
+        plain_tokenizer(transformers.ByT5Tokenizer())
