@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
-scripts=${SCRIPTS:-ms_grpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer cross}
+scripts=${SCRIPTS:-ms_grpo gigpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer cross}
 claims=runs/claims
 quick=() quick_archer=()
 if [ "${1:-}" = --quick ]; then
@@ -65,6 +65,12 @@ run ms_grpo lake_kl --kl-coefficient 0.01
 run ms_grpo snake_episode --env-id turnrl/Snake-v0
 run ms_grpo snake_return_to_go --env-id turnrl/Snake-v0 --credit return_to_go
 run ms_grpo snake_step --env-id turnrl/Snake-v0 --credit step
+# GiGPO, claim A: the turn that saw the same observation, on Frozen Lake; the default run, MS-GRPO's episode credit,
+# turns of the whole group as anchors, and F = 1.
+run gigpo lake_gigpo
+run gigpo lake_episode --step-weight 0
+run gigpo lake_no_anchors --anchors none
+run gigpo lake_mean --scale none
 # UFO: answers allowed in training, feedback, decay, penalty. turns5 is the default run; with one
 # answer an episode has a third of the tokens, so more iterations for about as many tokens.
 run ufo retry_turns5

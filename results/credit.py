@@ -17,7 +17,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from algos import archer, igpo, ms_grpo, seeupo, st_ppo, tree_grpo, turn_budget, ufo
+from algos import archer, gigpo, igpo, ms_grpo, seeupo, st_ppo, tree_grpo, turn_budget, ufo
 from utils import expand_to_tokens, random_stream
 
 CELLS = [  # text and turn, -1: an observation
@@ -51,6 +51,12 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
     args = ms_grpo.Args()
     credit = ms_grpo.turn_advantages(rewards, TURN_MASK, GROUP, args.credit)
     add("MS-GRPO", credit, "all turns: better than the siblings")
+
+    args = gigpo.Args()  # anchors: all saw the question; three saw "Rosa", two of them "Ida"
+    anchor = torch.tensor([0, 1, 2, 3, 0, 4, 0, 1, 2, 0, 1, 5])
+    credit = gigpo.turn_advantages(rewards, TURN_MASK, GROUP, anchor, args.discount,
+                                   args.step_weight, args.scale)
+    add("GiGPO", credit, "and with turns that saw the same; turn 3 saw what no other did")
 
     args = ufo.Args()  # every turn counts as one more answer
     decayed = ufo.decayed_success(SCORES > 0, NUM_TURNS.float(), args.decay, args.decay_base)

@@ -26,6 +26,8 @@ from results import credit
 ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of the default run
     "ms_grpo": ("MS-GRPO", "2508.10839v1", "every turn gets the episode's return, compared with "
                 "its group; episodes are drawn by abs(advantage)", "episode", "frozen lake"),
+    "gigpo": ("GiGPO", "2505.10978v3", "a turn is also compared with the turns of its group that "
+              "saw the same observation", "turn", "frozen lake"),
     "ufo": ("UFO", "2507.14295v2", "answer, be told only \"try again\", answer again; the reward "
             "decays and repeats cost", "episode", "small maths problems"),
     "turn_budget": ("turn budget", "", "each turn may think only so long in a short context; a "
@@ -48,6 +50,9 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "C2": ("return", "Snake: what a turn is credited with",
                ["snake_episode", "snake_return_to_go", "snake_step"]),
         "KL": ("success", "Frozen Lake: held to the start policy", ["lake_aaw", "lake_kl"])},
+    "gigpo": {
+        "A": ("success", "Frozen Lake: what a turn is compared with",
+              ["lake_gigpo", "lake_episode", "lake_no_anchors", "lake_mean"])},
     "ufo": {
         "C1": ("success", "answers allowed in training", ["retry_turns5", "retry_turns1"]),
         "C2": ("success", "feedback, decay, penalty",
@@ -99,6 +104,7 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
 }
 DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
+    ("gigpo", "lake_gigpo", "Frozen Lake (default)"),
     ("ufo", "retry_turns5", "retry math (default)"),
     ("turn_budget", "think_turn", "think search (default)"),
     ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
@@ -139,6 +145,9 @@ CURVES = {  # algo: columns of metrics.csv that are also compared at equal token
 }
 EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
     "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
+    "gigpo": {"anchored_turns": ("mean", "turns with a partner"),
+              "groups_without_signal": ("mean", "groups without signal"),
+              "entropy": ("end", "entropy at the end")},
     "ufo": {"groups_without_signal": ("mean", "groups without signal"),
             "entropy": ("end", None), "repetition_part": ("end", None)},
     "turn_budget": {"groups_without_signal": ("mean", "groups without signal"),

@@ -1,6 +1,7 @@
 """The picture of credit in README: its numbers, worked by hand from the toy episode of results/credit.py."""
 
 import math
+import statistics
 
 import pytest
 
@@ -34,6 +35,14 @@ def test_group_comparisons(rows):
     assert rows["UFO"] == turns(*[(1 / 8 - mean) / std] * 4)
     budget = rows["turn budget"]
     assert budget[7] is None and [x for x in budget if x is not None] == pytest.approx([one] * 14, abs=1e-4)
+
+
+def test_gigpo_adds_the_comparison_with_turns_that_saw_the_same(rows):
+    """Returns to go 0.857375 0.9025 0.95 1 | 0 0 | 0 0 0 | 0.9025 0.95 1. All saw the question, three "Rosa", two "Ida"."""
+    same = [[0.857375, 0, 0, 0.9025], [0.9025, 0, 0.95], [0.95, 0]]
+    steps = [(x[0] - statistics.mean(x)) / statistics.stdev(x) for x in same]
+    one = 0.5 * math.sqrt(3)
+    assert rows["GiGPO"] == turns(*[one + x for x in steps], one)
 
 
 def test_igpo_adds_up_standardised_gains(rows):

@@ -10,6 +10,7 @@ SHORT = {"tiny_init_std": 0.1, "warm_start_learning_rate": 2e-3, "warm_start_ste
 SEARCH = SHORT | {"env_id": "turnrl/SearchQA-v0", "max_turn_tokens": 8}  # the cheapest warm start
 EXPECTED = {  # script: (iterations, other flags, least rise of success: about a third of what was seen)
     "ms_grpo": (10, SEARCH | {"history_turns": None}, 0.035),
+    "gigpo": (10, SEARCH | {"history_turns": None}, 0.03),
     "ufo": (6, SHORT | {"warm_start_steps": 60, "env_kwargs": '{"levels": "1"}'}, 0.025),
     "turn_budget": (6, SHORT | {"cap": "none", "max_turns": 2, "context_limit": 40,
                                 "env_kwargs": '{"min_hops": 1, "max_hops": 2, "max_turns": 2}'}, 0.08),

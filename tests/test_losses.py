@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from algos import igpo, ms_grpo, seeupo, tree_grpo, turn_budget, ufo
+from algos import gigpo, igpo, ms_grpo, seeupo, tree_grpo, turn_budget, ufo
 from algos.ms_grpo import group_relative_advantages, kl_policy_ref_k3, policy_loss
 from conftest import KeepGradient, streams
 from envs.episodes import Episode, Turn, start_episodes
@@ -102,6 +102,8 @@ ADVANTAGES = {  # what each script makes of the rewards (E, K) of one group
     "ms_grpo": lambda rewards, mask, group: ms_grpo.turn_advantages(rewards, mask, group, "episode"),
     "ufo": lambda rewards, mask, group: ufo.group_relative_advantages(rewards.sum(1), group),
     "turn_budget": lambda rewards, mask, group: turn_budget.group_relative_advantages(rewards.sum(1), group),
+    **{f"gigpo {scale}": lambda rewards, mask, group, scale=scale: gigpo.turn_advantages(
+        rewards, mask, group, torch.arange(mask.sum()), 0.95, 1.0, scale) for scale in ("std", "none")},
     "igpo": lambda rewards, mask, group: igpo.turn_returns(igpo.turn_rewards(
         torch.zeros_like(rewards), rewards.sum(1), mask, group, "outcome"), mask, 1.0),
     "tree_grpo": lambda rewards, mask, group: tree_grpo.tree_advantages(rewards.sum(1), torch.arange(len(rewards)) // 2, group),
@@ -144,14 +146,14 @@ def test_small_real_differences_survive(script, high, low):
     worth = lambda score: score / 2 + (score >= 1)  # noqa: E731  (SeeUPO's)
     difference = worth(high) - worth(low) if script.startswith("seeupo") else high - low
     half, std = difference / 2, difference / math.sqrt(2) + 1e-6
-    expected = {"igpo": half / (half + 1e-6), "tree_grpo": 2 * half / std, "seeupo none": half,
+    expected = {"igpo": half / (half + 1e-6), "tree_grpo": 2 * half / std, "seeupo none": half, "gigpo none": half,
                 "seeupo batch_std": math.sqrt(0.5)}.get(script, half / std)
     assert advantages_of(script, [[high], [low]]) == pytest.approx([expected, -expected], rel=1e-6)
     assert advantages_of(script, [[low, high - low], [low, 0.0]]) == pytest.approx([expected, -expected], rel=1e-6)
 
 
 WHOLE_RUNS = {
-    "ms_grpo": {}, "turn_budget": {"context_limit": 1000}, "igpo": {"reward_source": "outcome"}, "tree_grpo": {"forks": 0},
+    "ms_grpo": {}, "gigpo": {"step_weight": 0.0}, "turn_budget": {"context_limit": 1000}, "igpo": {"reward_source": "outcome"}, "tree_grpo": {"forks": 0},
     "seeupo": {}}
 
 
@@ -284,7 +286,7 @@ def test_returns_equal_a_double_loop_and_are_zero_after_the_end(discount):
 # --- updates -----------------------------------------------------------------------------------------
 UPDATES = {
     "ms_grpo": lambda policy, *rest: ms_grpo.update(policy, None, *rest),
-    "ufo": ufo.update, "igpo": igpo.update, "turn_budget": turn_budget.update}
+    "ufo": ufo.update, "gigpo": gigpo.update, "igpo": igpo.update, "turn_budget": turn_budget.update}
 
 
 @pytest.fixture(scope="module")

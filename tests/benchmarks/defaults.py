@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("ms_grpo", "ufo", "turn_budget", "igpo", "tree_grpo", "st_ppo", "seeupo", "archer")
+SCRIPTS = ("ms_grpo", "gigpo", "ufo", "turn_budget", "igpo", "tree_grpo", "st_ppo", "seeupo", "archer")
 
 table = ROOT / "results/defaults.csv"
 rows = {row["script"]: row for row in csv.DictReader(open(table))} if table.exists() else {}
