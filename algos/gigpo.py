@@ -57,6 +57,10 @@ from utils import (
 # === 2. Args =====================================================================================
 @dataclasses.dataclass
 class Args(RunArgs):
+    warm_start_steps: int = 300  # behaviour cloning steps of the tiny model before training
+    warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
+    tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
+
     # Algorithm specific arguments
     step_weight: float = 1.0  # of A_S in Eq. 5 (paper: 1; 0 is episode credit alone)
     anchors: Literal["observation", "none"] = "observation"  # of Eq. 4; none: any turn of the group
