@@ -14,7 +14,7 @@ brackets: equation of the paper.
     Eq. 6  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + c entropy           [9]
 
     R_e  rewards.sum(1)     R_{e,k}  turn_returns     A_E, A_S  relative_scores     F  1, or the std
-    A_{e,k}  turn_advantages     w_t  ratio     e, k, t  episode, turn, token
+    A_{e,k}  anchored_advantages     w_t  ratio     e, k, t  episode, turn, token
 
 Changed from ms_grpo.py
     - every turn has its own advantage; its group is that of its observation
@@ -29,7 +29,7 @@ Deviations and choices
     D3  No KL term (paper: weight 0.01). Penalties for unreadable actions are part of the rewards.
     D4  --anchors none is a control: all turns of a group are compared with each other.
 
-    python algos/gigpo.py        about 2 minutes on 2 CPU cores
+    python algos/gigpo.py        about 1 minute on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
@@ -57,9 +57,11 @@ from utils import (
 # === 2. Args =====================================================================================
 @dataclasses.dataclass
 class Args(RunArgs):
+    num_iterations: int = 20  # iterations of: collect episodes, update
     warm_start_steps: int = 300  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
+    eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
     step_weight: float = 1.0  # of A_S in Eq. 5 (paper: 1; 0 is episode credit alone)
@@ -122,8 +124,8 @@ def anchor_groups(episodes: list[Episode], group_size: int, anchors: str) -> Ten
 
 
 @torch.no_grad()
-def turn_advantages(rewards: Tensor, turn_mask: Tensor, group_id: Tensor, anchor_id: Tensor,
-                    discount: float, step_weight: float, scale: str) -> Tensor:
+def anchored_advantages(rewards: Tensor, turn_mask: Tensor, group_id: Tensor, anchor_id: Tensor,
+                        discount: float, step_weight: float, scale: str) -> Tensor:
     """What every turn is credited with: its episode's and its own relative return. Eq. 5
 
     rewards (E, K), 0 after the end, turn_mask (E, K), group_id (E,), anchor_id (N,) of the turns
@@ -131,7 +133,7 @@ def turn_advantages(rewards: Tensor, turn_mask: Tensor, group_id: Tensor, anchor
 
     >>> rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # both see X; then one sees Y, one sees Z
     >>> args = (torch.ones(2, 2).bool(), torch.zeros(2), torch.tensor([0, 1, 0, 2]))
-    >>> turn_advantages(rewards, *args, discount=0.5, step_weight=1.0, scale="none")
+    >>> anchored_advantages(rewards, *args, discount=0.5, step_weight=1.0, scale="none")
     tensor([[ 0.7500,  0.5000],
             [-0.7500, -0.5000]])
     """
@@ -202,8 +204,8 @@ def main(args: Args) -> dict[str, float]:
             # 3. advantages (E, K)
             group_id = torch.arange(len(episodes), device=policy.device) // args.group_size
             anchor_id = anchor_groups(episodes, args.group_size, args.anchors).to(policy.device)
-            credit = turn_advantages(rewards, turn_mask, group_id, anchor_id, args.discount,
-                                     args.step_weight, args.scale)
+            credit = anchored_advantages(rewards, turn_mask, group_id, anchor_id, args.discount,
+                                         args.step_weight, args.scale)
 
             # 4. update
             updates, batch = [], None

@@ -54,8 +54,8 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
 
     args = gigpo.Args()  # anchors: all saw the question; three saw "Rosa", two of them "Ida"
     anchor = torch.tensor([0, 1, 2, 3, 0, 4, 0, 1, 2, 0, 1, 5])
-    credit = gigpo.turn_advantages(rewards, TURN_MASK, GROUP, anchor, args.discount,
-                                   args.step_weight, args.scale)
+    credit = gigpo.anchored_advantages(rewards, TURN_MASK, GROUP, anchor, args.discount,
+                                       args.step_weight, args.scale)
     add("GiGPO", credit, "and with turns that saw the same; turn 3 saw what no other did")
 
     args = ufo.Args()  # every turn counts as one more answer

@@ -243,8 +243,8 @@ def of_episodes(advantages: Tensor, b: Batches) -> Tensor:
 def gigpo_credit(b: Batches, scale: str) -> Tensor:
     args = gigpo.Args()
     anchor = (b.group[:, None] * (1 + b.game.seen.max()) + b.seen)[b.mask]
-    return gigpo.turn_advantages(b.rewards, b.mask, b.group, anchor, args.discount,
-                                 args.step_weight, scale)
+    return gigpo.anchored_advantages(b.rewards, b.mask, b.group, anchor, args.discount,
+                                     args.step_weight, scale)
 
 
 def ufo_credit(b: Batches) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from algos import gigpo, ms_grpo
-from algos.gigpo import Args, anchor_groups, main, relative_scores, turn_advantages
+from algos.gigpo import Args, anchor_groups, anchored_advantages, main, relative_scores
 from envs.episodes import Episode, Turn
 from envs.frozen_lake import FrozenLake
 
@@ -20,7 +20,7 @@ def table(rows, value=0.0):
 
 
 def setting(rewards, observations, group_size):
-    """rewards and observations: a list per episode -> the arguments of turn_advantages."""
+    """rewards and observations: a list per episode -> the arguments of anchored_advantages."""
     episodes = [Episode(0, "", [Turn(text, "") for text in row]) for row in observations]
     mask = table([[1.0] * len(row) for row in rewards]) > 0
     return (table(rewards), mask, torch.arange(len(rewards)) // group_size,
@@ -57,7 +57,7 @@ THREE = ([[0, 0, 10], [0, 0, 0], [0, 10]], [["s0", "s1", "s2"], ["s0", "s1", "s1
     ("std", [[1.1098, 1.7320, 0.5774], [-2.3083, -1.7321, -1.7321], [1.1985, 0.5774]])])
 def test_three_episodes_by_hand(scale, expected):
     """Returns 9.025 9.5 10 | 0 0 0 | 9.5 10. s0: 9.025, 0, 9.5. s1: 9.5, 0, 0. s2: 10, 10, which teaches nothing."""
-    advantages = turn_advantages(*setting(*THREE, 3), discount=0.95, step_weight=1.0, scale=scale)
+    advantages = anchored_advantages(*setting(*THREE, 3), discount=0.95, step_weight=1.0, scale=scale)
     assert advantages.numpy() == pytest.approx(table(expected).numpy(), abs=1e-4)
 
 
@@ -72,7 +72,7 @@ def test_random_groups_equal_a_slow_loop(discount, weight, scale):
     rng = np.random.default_rng(0)
     for _ in range(10):
         rewards, observations, size = random_groups(rng)
-        found = turn_advantages(*setting(rewards, observations, size), discount, weight, scale)
+        found = anchored_advantages(*setting(rewards, observations, size), discount, weight, scale)
         expected = slow(rewards, observations, size, discount, weight, scale)
         assert found.numpy() == pytest.approx(table(expected).numpy(), abs=1e-9)
 
@@ -81,21 +81,21 @@ def test_without_step_weight_it_is_ms_grpo_and_without_anchors_its_return_to_go(
     """One anchor group for all turns of a group: MS-GRPO's control, with episode credit on top."""
     rewards, mask, group, anchor = setting(*random_groups(np.random.default_rng(1))[:2], 4)
     episode = ms_grpo.turn_advantages(rewards, mask, group, "episode")
-    assert torch.equal(turn_advantages(rewards, mask, group, anchor, 0.95, 0.0, "std"), episode)
+    assert torch.equal(anchored_advantages(rewards, mask, group, anchor, 0.95, 0.0, "std"), episode)
     everyone = group[:, None].expand_as(mask)[mask]
-    found = turn_advantages(rewards, mask, group, everyone, 1.0, 1.0, "std")
+    found = anchored_advantages(rewards, mask, group, everyone, 1.0, 1.0, "std")
     assert torch.allclose(found, episode + ms_grpo.turn_advantages(rewards, mask, group, "return_to_go"), atol=1e-12)
     lonely = torch.arange(len(anchor))
-    assert torch.equal(turn_advantages(rewards, mask, group, lonely, 0.95, 1.0, "std"), episode), "no turn has a partner"
+    assert torch.equal(anchored_advantages(rewards, mask, group, lonely, 0.95, 1.0, "std"), episode), "no turn has a partner"
 
 
 def test_the_order_of_episodes_and_of_groups_does_not_matter():
     rewards, observations, size = random_groups(np.random.default_rng(2))
-    whole = turn_advantages(*setting(rewards, observations, size), 0.95, 1.0, "std")
+    whole = anchored_advantages(*setting(rewards, observations, size), 0.95, 1.0, "std")
     order = [11, 8, 10, 9, 2, 3, 0, 1, 4, 6, 5, 7]
-    moved = turn_advantages(*setting([rewards[i] for i in order], [observations[i] for i in order], size), 0.95, 1.0, "std")
+    moved = anchored_advantages(*setting([rewards[i] for i in order], [observations[i] for i in order], size), 0.95, 1.0, "std")
     assert torch.allclose(moved, whole[order], atol=1e-12)
-    alone = turn_advantages(*setting(rewards[4:8], observations[4:8], size), 0.95, 1.0, "std")
+    alone = anchored_advantages(*setting(rewards[4:8], observations[4:8], size), 0.95, 1.0, "std")
     assert torch.allclose(alone, whole[4:8, : alone.shape[1]], atol=1e-12), "a group knows nothing of the others"
 
 
@@ -113,11 +113,10 @@ def test_anchors_are_observations_of_one_group():
     assert anchor_groups(episodes, 2, "none").tolist() == [0, 0, 0, 0, 0, 1, 1]
 
 
-def test_a_dead_end_is_blamed_and_the_way_before_it_is_not():
-    """Two episodes part at the second state; A leads to the goal, B to a hole. The shared first turn, which both took,
-    has A_S of either sign; only the turn where they part tells them apart with w = 1 and without episode credit."""
+def test_two_episodes_that_part_at_the_second_turn():
+    """Only one reaches the goal. Both saw start and fork, so these turns differ by A_E (0.5) and A_S (0.5); the last turn is alone."""
     rewards, observations = [[0, 0, 1], [0, 0]], [["start", "fork", "goal side"], ["start", "fork"]]
-    found = turn_advantages(*setting(rewards, observations, 2), 1.0, 1.0, "none")
+    found = anchored_advantages(*setting(rewards, observations, 2), 1.0, 1.0, "none")
     assert found.tolist() == [[1.0, 1.0, 0.5], [-1.0, -1.0, 0.0]]
 
 

@@ -102,7 +102,7 @@ ADVANTAGES = {  # what each script makes of the rewards (E, K) of one group
     "ms_grpo": lambda rewards, mask, group: ms_grpo.turn_advantages(rewards, mask, group, "episode"),
     "ufo": lambda rewards, mask, group: ufo.group_relative_advantages(rewards.sum(1), group),
     "turn_budget": lambda rewards, mask, group: turn_budget.group_relative_advantages(rewards.sum(1), group),
-    **{f"gigpo {scale}": lambda rewards, mask, group, scale=scale: gigpo.turn_advantages(
+    **{f"gigpo {scale}": lambda rewards, mask, group, scale=scale: gigpo.anchored_advantages(
         rewards, mask, group, torch.arange(mask.sum()), 0.95, 1.0, scale) for scale in ("std", "none")},
     "igpo": lambda rewards, mask, group: igpo.turn_returns(igpo.turn_rewards(
         torch.zeros_like(rewards), rewards.sum(1), mask, group, "outcome"), mask, 1.0),
