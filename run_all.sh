@@ -65,12 +65,25 @@ run ms_grpo lake_kl --kl-coefficient 0.01
 run ms_grpo snake_episode --env-id turnrl/Snake-v0
 run ms_grpo snake_return_to_go --env-id turnrl/Snake-v0 --credit return_to_go
 run ms_grpo snake_step --env-id turnrl/Snake-v0 --credit step
-# GiGPO, claim A: the turn that saw the same observation, on Frozen Lake; the default run, MS-GRPO's episode credit,
-# turns of the whole group as anchors, and F = 1.
+# GiGPO: what a turn is compared with, on Frozen Lake (A; lake_gigpo is the default run), on larger lakes (B) and
+# on the tool desk with the whole history (C). gigpo: also with turns that saw the same; episode: MS-GRPO's credit;
+# no_anchors: also with all turns of the group. Ten seeds; learning rates chosen on seeds 11 and 12 (docs/log.md).
+if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-1 2 3 4 5 6 7 8 9 10}; fi
+large=(--env-kwargs '{"size": 6, "max_turns": 16}' --max-turns 16 --warm-start-steps 800
+       --num-iterations 40 --max-generated-tokens 40000)
+orders=(--env-id turnrl/ToolDesk-v0 --max-turn-tokens 6 --history-turns None --warm-start-steps 400
+        --num-iterations 40 --max-generated-tokens 25000)
 run gigpo lake_gigpo
-run gigpo lake_episode --step-weight 0
+run gigpo lake_episode --step-weight 0 --learning-rate 1e-3
 run gigpo lake_no_anchors --anchors none
 run gigpo lake_mean --scale none
+run gigpo large_gigpo "${large[@]}" --learning-rate 1e-3
+run gigpo large_episode "${large[@]}" --step-weight 0
+run gigpo large_no_anchors "${large[@]}" --anchors none --learning-rate 1e-3
+run gigpo desk_gigpo "${orders[@]}"
+run gigpo desk_episode "${orders[@]}" --step-weight 0
+run gigpo desk_no_anchors "${orders[@]}" --anchors none
+if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-1 2 3 4 5}; fi
 # UFO: answers allowed in training, feedback, decay, penalty. turns5 is the default run; with one
 # answer an episode has a third of the tokens, so more iterations for about as many tokens.
 run ufo retry_turns5

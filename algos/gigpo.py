@@ -57,7 +57,7 @@ from utils import (
 # === 2. Args =====================================================================================
 @dataclasses.dataclass
 class Args(RunArgs):
-    num_iterations: int = 20  # iterations of: collect episodes, update
+    num_iterations: int = 15  # iterations of: collect episodes, update
     warm_start_steps: int = 300  # behaviour cloning steps of the tiny model before training
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights

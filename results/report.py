@@ -52,7 +52,9 @@ CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with ea
         "KL": ("success", "Frozen Lake: held to the start policy", ["lake_aaw", "lake_kl"])},
     "gigpo": {
         "A": ("success", "Frozen Lake: what a turn is compared with",
-              ["lake_gigpo", "lake_episode", "lake_no_anchors", "lake_mean"])},
+              ["lake_gigpo", "lake_episode", "lake_no_anchors", "lake_mean"]),
+        "B": ("success", "lakes of 6x6", ["large_gigpo", "large_episode", "large_no_anchors"]),
+        "C": ("success", "tool desk", ["desk_gigpo", "desk_episode", "desk_no_anchors"])},
     "ufo": {
         "C1": ("success", "answers allowed in training", ["retry_turns5", "retry_turns1"]),
         "C2": ("success", "feedback, decay, penalty",
