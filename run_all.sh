@@ -72,7 +72,7 @@ if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-1 2 3 4 5 6 7 8 9 10}; fi
 large=(--env-kwargs '{"size": 6, "max_turns": 16}' --max-turns 16 --warm-start-steps 800
        --num-iterations 40 --max-generated-tokens 40000)
 orders=(--env-id turnrl/ToolDesk-v0 --max-turn-tokens 6 --history-turns None --warm-start-steps 400
-        --num-iterations 40 --max-generated-tokens 25000)
+        --num-iterations 40 --max-generated-tokens 25000 --learning-rate 1e-3)
 run gigpo lake_gigpo
 run gigpo lake_episode --step-weight 0 --learning-rate 1e-3
 run gigpo lake_no_anchors --anchors none
