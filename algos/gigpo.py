@@ -28,6 +28,9 @@ Deviations and choices
         versions: over turns, so that long episodes count more.
     D3  No KL term (paper: weight 0.01). Penalties for unreadable actions are part of the rewards.
     D4  --anchors none is a control: all turns of a group are compared with each other.
+    D5  Ratio and mean per token, as in the official code (paper: per action). The entropy bonus is
+        ours.
+    D6  Earlier turns are not shown by default (paper: the last two).
 
     python algos/gigpo.py        about 1 minute on 2 CPU cores
 """

@@ -2,7 +2,7 @@
 
     python results/estimators.py        results/estimators.csv, its figure, the tables of its page
 
-Five games are so small that every batch of eight episodes can be listed. A rule, which is a
+Seven games are so small that every batch of eight episodes can be listed. A rule, which is a
 function of one of the scripts, credits the turns of each batch. The sum over all batches, each with
 its probability, is the exact expected gradient of the rule. It is compared with the gradient of the
 expected return. The policy has one logit per decision, so a gradient has as many numbers.
@@ -54,6 +54,24 @@ def ask(pay: float) -> Node:
         0: coin, 1: [(0.5, pay + x, pay + x, told) for x in (0.3, -0.3)]})
 
 
+def ask_for_help() -> Node:
+    """Answer now, and be right half of the time, or ask first, and be right in nine of ten."""
+    told = Node("told", None, 1.0, {1: [(0.9, 1.0, 0.0, None), (0.1, 0.0, 0.0, None)]})
+    return Node("question", 0, 0.5, {
+        0: [(0.5, 1.0, 0.0, None), (0.5, 0.0, 0.0, None)],
+        1: [(0.5, 0.0, 0.4 + x, told) for x in (0.1, -0.1)]})
+
+
+def two_questions() -> Node:
+    """Up to two questions: the first pays 1 +- 0.1, the second 0.5 +- 0.1; the answer is right."""
+    answer = [(1.0, 1.0, 0.0, None)]
+    told = Node("told twice", None, 1.0, {1: answer})
+    again = Node("told once", 1, 0.5, {
+        0: answer, 1: [(0.5, 0.5 + x, 0.5 + x, told) for x in (0.1, -0.1)]})
+    return Node("question", 0, 0.5, {
+        0: answer, 1: [(0.5, 1 + x, 1 + x, again) for x in (0.1, -0.1)]})
+
+
 def two_ways() -> Node:
     """A short and a long way to the same task: one turn, or three, before the answer."""
     task = {1: [(1.0, 1.0, 0.0, None)], 0: [(1.0, 0.0, 0.0, None)]}
@@ -67,7 +85,7 @@ def two_ways() -> Node:
 def noise_first() -> Node:
     """A turn that earns 1 or -1 whatever is answered, then the turn that decides."""
     task = Node("task", 1, 0.5, {1: [(1.0, 1.0, 0.0, None)], 0: [(1.0, 0.0, 0.0, None)]})
-    noise = [(0.5, x, x, task) for x in (1.0, -1.0)]
+    noise = [(0.5, x, 0.0, task) for x in (1.0, -1.0)]
     return Node("noise", 0, 0.5, {0: noise, 1: noise})
 
 
@@ -80,8 +98,10 @@ def rare(success: float = 0.02) -> Node:
                                 0: [(1.0, 0.0, -success, lost)]})
 
 
-GAMES = {"asking pays": ask(1.0), "asking costs": ask(-1.0), "two ways": two_ways(),
-         "noise first": noise_first(), "rare success": rare()}
+GAMES = {"asking pays": ask(1.0), "asking costs": ask(-1.0), "asking helps": ask_for_help(),
+         "two questions": two_questions(), "two ways": two_ways(), "noise first": noise_first(),
+         "rare success": rare()}
+PRICE_IS_GAIN = {"asking pays", "asking costs", "two questions"}  # what IGPO gets of the price
 
 
 # === 2. Episodes and batches =====================================================================
@@ -129,8 +149,9 @@ def node_value(node: Node | None, discount: float) -> float:
 class Episodes:
     """All U episodes of a game as tensors (U, K), 0 after the end; score is (U, K, P)."""
 
-    def __init__(self, start: Node):
-        self.probability, self.turns = zip(*all_episodes(start), strict=True)
+    def __init__(self, name: str):
+        self.price_is_gain = name in PRICE_IS_GAIN
+        self.probability, self.turns = zip(*all_episodes(GAMES[name]), strict=True)
         self.probability = torch.tensor(self.probability, dtype=torch.double)  # (U,)
         self.mask = self.table(lambda turn: 1.0) > 0
         self.rewards = self.table(lambda turn: turn.reward)
@@ -154,24 +175,20 @@ class Episodes:
         return (weight[:, None] * self.score.sum(1)).sum(0)
 
 
-class Batches(NamedTuple):
-    """Batches of episodes, side by side: E rows."""
+class Batches:
+    """Batches of episodes, side by side: E rows. All tables are (E, K), score is (E, K, P)."""
 
-    game: Episodes
-    index: Tensor  # (E,) which episode of the game a row is
-    group: Tensor  # (E,) which batch it is in
-    tree: Tensor  # (E,) which tree; for rules without trees of no meaning
-
-    def __getattr__(self, name: str) -> Tensor:  # mask, rewards, gains, seen, score
-        return getattr(self.game, name)[self.index]
-
-    @property
-    def last(self) -> Tensor:
-        """(E, K) whether a turn ended its episode."""
-        return self.mask & ~torch.nn.functional.pad(self.mask[:, 1:], (0, 1))
+    def __init__(self, game: Episodes, rows: Tensor, group: Tensor, tree: Tensor):
+        self.game = game
+        self.rows = rows  # (E,) which episode of the game stands there
+        self.group = group  # (E,) which batch it is in
+        self.tree = tree  # (E,) which tree; of no meaning for rules without trees
+        self.mask, self.rewards, self.gains, self.seen, self.score = (
+            x[rows] for x in (game.mask, game.rewards, game.gains, game.seen, game.score))
+        self.last = self.mask & ~torch.nn.functional.pad(self.mask[:, 1:], (0, 1))
 
     def table(self, value: Callable[[Turn], float]) -> Tensor:
-        return self.game.table(value)[self.index]
+        return self.game.table(value)[self.rows]
 
 
 def multisets(probability: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -249,20 +266,26 @@ def gigpo_credit(b: Batches, scale: str) -> Tensor:
 
 def ufo_credit(b: Batches) -> Tensor:
     """Every turn is an answer that differs from those before; the last one is right or not."""
-    args, outcomes = ufo.Args(), b.rewards[b.last]
-    scores = ufo.decayed_success(outcomes > 0, b.mask.sum(1).double(), args.decay, args.decay_base)
+    args, right = ufo.Args(), b.rewards[b.last] > 0
+    scores = ufo.decayed_success(right, b.mask.sum(1).double(), args.decay, args.decay_base)
     return of_episodes(ufo.group_relative_advantages(scores, b.group), b)
 
 
-def igpo_credit(b: Batches, source: str) -> Tensor:
+def outcomes(b: Batches) -> Tensor:
+    """What is left of the rewards of an episode when gains of belief stand for the price. (E,)"""
+    return b.rewards.sum(1) - b.gains.sum(1) * b.game.price_is_gain
+
+
+def igpo_credit(b: Batches, source: str, price_is_reward: bool = False) -> Tensor:
     beliefs = b.gains.cumsum(1) - b.gains  # before every turn
     gains = igpo.information_gain(beliefs, b.mask)
-    rewards = igpo.turn_rewards(gains, b.rewards[b.last], b.mask, b.group, source)
+    scores = b.rewards.sum(1) if price_is_reward else outcomes(b)
+    rewards = igpo.turn_rewards(gains, scores, b.mask, b.group, source)
     return igpo.turn_returns(rewards, b.mask, igpo.Args().discount)
 
 
 def gains_and_outcome(b: Batches) -> Tensor:
-    return torch.where(b.last, b.rewards, b.gains)
+    return torch.where(b.last, outcomes(b)[:, None], b.gains)
 
 
 def joint_credit(b: Batches) -> Tensor:
@@ -280,7 +303,7 @@ def centred_credit(b: Batches) -> Tensor:
 
 
 def st_ppo_credit(b: Batches) -> Tensor:
-    args, credit = st_ppo.Args(), torch.zeros_like(b.rewards)
+    args = st_ppo.Args()
     values = b.table(lambda turn: node_value(turn.node, args.discount))
     turn_id = torch.where(b.mask, torch.arange(b.mask.shape[1]), -1)  # one token a turn
     rewards = st_ppo.place_turn_rewards(b.rewards, turn_id).double()
@@ -291,8 +314,13 @@ def st_ppo_credit(b: Batches) -> Tensor:
 
 
 def seeupo_credit(b: Batches, scale: str) -> Tensor:
-    """The first step on every turn: no later turn has a ratio yet."""
-    rewards = seeupo.task_reward(b.rewards.sum(1), torch.zeros(len(b.group), dtype=torch.bool))
+    """The first step on every turn: no later turn has a ratio yet.
+
+    It wants a score between 0 and 1: the returns of the game are shifted and scaled.
+    """
+    low, high = b.game.rewards.sum(1).min(), b.game.rewards.sum(1).max()
+    score = (b.rewards.sum(1) - low) / (high - low)
+    rewards = seeupo.task_reward(score, torch.zeros(len(b.group), dtype=torch.bool))
     size = len(b.group) // (1 + int(b.group.max()))
     return of_episodes(torch.cat([seeupo.scaled_advantages(part, size, scale)
                                   for part in rewards.split(size)]), b)
@@ -315,15 +343,16 @@ def ms_grpo_credit(b: Batches, credit: str) -> Tensor:
 RULES = {
     "MS-GRPO": Rule("ms_grpo", lambda b: ms_grpo_credit(b, "episode"), "tokens", drawn=True),
     "MS-GRPO, sampling all": Rule("ms_grpo", lambda b: ms_grpo_credit(b, "episode"), "tokens"),
-    "MS-GRPO, credit return_to_go": Rule(
+    "MS-GRPO, all, credit return_to_go": Rule(
         "ms_grpo", lambda b: ms_grpo_credit(b, "return_to_go"), "tokens"),
-    "MS-GRPO, credit step": Rule("ms_grpo", lambda b: ms_grpo_credit(b, "step"), "tokens"),
+    "MS-GRPO, all, credit step": Rule("ms_grpo", lambda b: ms_grpo_credit(b, "step"), "tokens"),
     "GiGPO": Rule("gigpo", lambda b: gigpo_credit(b, "std"), "tokens"),
     "GiGPO, scale none": Rule("gigpo", lambda b: gigpo_credit(b, "none"), "tokens"),
     "UFO": Rule("ufo", ufo_credit, "tokens"),
     "turn budget": Rule("turn_budget", lambda b: of_episodes(
         turn_budget.group_relative_advantages(b.rewards.sum(1), b.group), b), "tokens"),
     "IGPO": Rule("igpo", lambda b: igpo_credit(b, "both"), "rows"),
+    "IGPO, price also a reward": Rule("igpo", lambda b: igpo_credit(b, "both", True), "rows"),
     "IGPO, outcome": Rule("igpo", lambda b: igpo_credit(b, "outcome"), "rows"),
     "IGPO, information_gain": Rule("igpo", lambda b: igpo_credit(b, "information_gain"), "rows"),
     "Tree-GRPO": Rule("tree_grpo", lambda b: of_episodes(tree_grpo.tree_advantages(
@@ -341,6 +370,7 @@ RULES = {
 }
 
 
+ASKING = ("asking pays", "asking costs", "asking helps")  # the games with one logit
 MEANS = {"episodes": "episodes", "tokens": "all tokens", "rows": "rows, then episodes",
          "turns": "each turn on its own"}
 
@@ -391,7 +421,7 @@ def drawn_gradients(b: Batches, credit: Tensor, mean: str) -> tuple[Tensor, Tens
 
 
 def moments(game: Episodes, rule: Rule) -> Iterator[tuple[str, Tensor, float]]:
-    """For every key of MEANS: the expected gradient (P,), and its variance per episode.
+    """For the keys of MEANS: the expected gradient (P,), and its variance per episode.
 
     The variance is that of a batch's gradient, summed over the P numbers, times the episodes of a
     batch. A rule that divides by a std is no mean over episodes, so this is a unit of noise only.
@@ -399,22 +429,22 @@ def moments(game: Episodes, rule: Rule) -> Iterator[tuple[str, Tensor, float]]:
     b, probability = make_batches(game, rule)
     credit = rule.credit(b)
     for mean in MEANS:
+        if rule.drawn and mean == "turns":
+            continue  # no script with a draw takes it
         gradients, weight = batch_gradients(b, credit, mean), probability
-        if rule.drawn and mean != "turns":
+        if rule.drawn:
             gradients, shares = drawn_gradients(b, credit, mean)
             gradients, weight = gradients.flatten(0, 1), (probability[:, None] * shares).flatten()
-        elif rule.drawn:
-            continue  # a mean that no script with a draw takes
         expected = (weight[:, None] * gradients).sum(0)
         square = (weight * gradients.square().sum(1)).sum() - expected.square().sum()
-        yield mean, expected, square.item() * (len(b.index) // len(probability))
+        yield mean, expected, square.item() * (len(b.rows) // len(probability))
 
 
 def compute() -> list[dict[str, str]]:
     """A row for every game, rule and mean of the loss."""
     rows = []
-    for name, start in GAMES.items():
-        game = Episodes(start)
+    for name in GAMES:
+        game = Episodes(name)
         true = game.true_gradient()
         for rule_name, rule in RULES.items():
             for mean, gradient, variance in moments(game, rule):
@@ -442,9 +472,8 @@ def as_in_the_script(rows: list[dict[str, str]], game: str) -> dict[str, dict[st
 
 def asking_table(rows: list[dict[str, str]]) -> str:
     """The gradient towards asking, and what a rule learns by it."""
-    games = ("asking pays", "asking costs")
-    lines = ["| rule | " + " | ".join(f"{game}: gradient | so it learns to" for game in games)
-             + " |", "|---" * 5 + "|"]
+    lines = ["| rule | " + " | ".join(f"{game}: gradient | so it learns to" for game in ASKING)
+             + " |", "|---" * (1 + 2 * len(ASKING)) + "|"]
 
     def add(rule: str, gradients: list[float]):
         words = ["ask" if x > 1e-3 else "stop asking" if x < -1e-3 else "neither"
@@ -453,16 +482,16 @@ def asking_table(rows: list[dict[str, str]]) -> str:
                  for x, word in zip(gradients, words, strict=True)]
         lines.append("| " + " | ".join([rule, *cells]) + " |")
 
-    add("*the expected return*", [Episodes(GAMES[game]).true_gradient().item() for game in games])
-    found = [as_in_the_script(rows, game) for game in games]
+    add("*the expected return*", [Episodes(game).true_gradient().item() for game in ASKING])
+    found = [as_in_the_script(rows, game) for game in ASKING]
     for rule in RULES:
         add(rule, [float(of_game[rule]["gradient_0"]) for of_game in found])
     return "\n".join(lines)
 
 
 def others_table(rows: list[dict[str, str]]) -> str:
-    """Direction, length and noise in the three other games."""
-    games = {game: as_in_the_script(rows, game) for game in list(GAMES)[2:]}
+    """Direction, length and noise in the other games."""
+    games = {game: as_in_the_script(rows, game) for game in GAMES if game not in ASKING}
     heads = [f"{game}: cosine, length | variance, episodes" for game in games]
     lines = ["| " + " | ".join(["rule", *heads]) + " |", "|---" * (1 + 2 * len(games)) + "|"]
     for rule in RULES:
@@ -493,41 +522,43 @@ def means_table(rows: list[dict[str, str]]) -> str:
 
 def draw(rows: list[dict[str, str]], path: Path):
     """A panel per game, with the number that tells the rules apart there."""
-    figure = Figure((15, 5.6), layout="constrained")
-    axes = dict(zip(GAMES, figure.subplots(1, len(GAMES), sharey=True), strict=True))
+    figure = Figure((17, 6), layout="constrained")
+    shown = [game for game in GAMES if game != "two questions"]
+    axes = dict(zip(shown, figure.subplots(1, len(shown), sharey=True), strict=True))
     for game, axis in axes.items():
         of_game = as_in_the_script(rows, game)
-        asking = game.startswith("asking")
-        for y, name in enumerate(RULES if game != "two ways" else ()):
-            text = of_game[name]["gradient_0" if asking else "episodes_for_signal"]
-            if text and float(text):
-                axis.barh(y, float(text), color="C0" if RULES[name].script else "0.6")
-            else:
-                axis.text(0 if asking else 0.06, y, " no gradient", va="center", fontsize=8)
         axis.set_title(game)
-        if asking:
-            axis.set_xlabel("gradient towards asking")
+        if game in ASKING:
+            for y, name in enumerate(RULES):
+                value = float(of_game[name]["gradient_0"])
+                axis.barh(y, value, color="C0" if RULES[name].script else "0.6")
+                if abs(value) < 1e-3:
+                    axis.plot(0, y, "x", color="C3")
+            axis.set_xlabel("gradient towards asking\n(cross: none)")
             axis.axvline(0, color="k", linewidth=0.5)
-            axis.axvline(Episodes(GAMES[game]).true_gradient().item(), color="k", linestyle="--",
-                         linewidth=1, label="of the expected return")
-            axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.24))
-        elif game != "two ways":
+            axis.axvline(Episodes(game).true_gradient().item(), color="k", linestyle="--",
+                         linewidth=1)
+        elif game == "two ways":
+            for y, row in enumerate(of_game.values()):
+                numbers = torch.tensor([float(row[f"gradient_{i}"]) for i in range(3)])
+                for i, number in enumerate(numbers if numbers.any() else ()):
+                    axis.plot(number / numbers.norm(), y, "osD"[i], color=f"C{i + 1}")
+            for true in (0, 0.5**0.5):
+                axis.axvline(true, color="k", linewidth=1, linestyle="--")
+            axis.set_xlabel("gradient, scaled to length 1\ncircle: towards the long way\n"
+                            "right after: square short, diamond long", fontsize=9)
+        else:
+            for y, name in enumerate(RULES):
+                if text := of_game[name]["episodes_for_signal"]:
+                    axis.barh(y, float(text), color="C0" if RULES[name].script else "0.6")
+                else:
+                    axis.text(0.06, y, "no gradient", va="center", fontsize=8)
             axis.set_xlabel("episodes until signal = noise")
             axis.set_xscale("log")
             axis.set_xlim(left=0.05)
-    axis = axes["two ways"]
-    for i, label in enumerate(("towards the long way (true: 0)", "right after the short way",
-                               "right after the long way")):
-        for y, row in enumerate(as_in_the_script(rows, "two ways").values()):
-            numbers = torch.tensor([float(row[f"gradient_{i}"]) for i in range(3)])
-            axis.plot(numbers[i] / numbers.norm().clamp(min=1e-9), y, "osD"[i], color=f"C{i + 1}",
-                      label=None if y else label)
-    axis.axvline(0, color="k", linewidth=0.5)
-    axis.axvline(0.5**0.5, color="k", linewidth=1, linestyle="--")
-    axis.set_xlabel("gradient, of length 1")
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.34))
     axes["asking pays"].set_yticks(range(len(RULES)), RULES, fontsize=9)
     axes["asking pays"].invert_yaxis()
+    figure.suptitle("dashed: gradient of the expected return; grey: not in a script", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
