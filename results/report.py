@@ -413,16 +413,16 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
     for axis, (metric, title, arms) in zip(axes, CLAIMS[algo].values(), strict=False):
         for color, arm in enumerate(arms):
             of_arm = [row for row in curves if row["arm"] == arm]
-            iterations = sorted({int(row["iteration"]) for row in of_arm})
-            values = np.array([[float(row[metric]) for row in of_arm
-                                if int(row["iteration"]) == i] for i in iterations])
-            x = iterations
-            if algo in CURVES:  # arms differ in tokens per iteration
-                x = [np.mean([float(row["generated_tokens"]) / 1000 for row in of_arm
-                              if int(row["iteration"]) == i]) for i in iterations]
-            axis.plot(x, values, f"C{color}", linewidth=0.6, alpha=0.5)
-            axis.plot(x, values.mean(1), f"C{color}o-", markersize=3,
-                      label=arm.split("_", 1)[1])
+            runs = []  # of every seed: x and y of its evaluations
+            for seed in sorted({row["seed"] for row in of_arm}, key=int):
+                of_seed = [row for row in of_arm if row["seed"] == seed]
+                x = [float(row["generated_tokens"]) / 1000 if algo in CURVES  # arms differ in
+                     else int(row["iteration"]) for row in of_seed]  # tokens per iteration
+                runs.append((x, [float(row[metric]) for row in of_seed]))
+                axis.plot(*runs[-1], f"C{color}", linewidth=0.6, alpha=0.5)
+            grid = np.linspace(0, min(x[-1] for x, _ in runs), min(len(x) for x, _ in runs))
+            axis.plot(grid, np.mean([np.interp(grid, *run) for run in runs], 0), f"C{color}o-",
+                      markersize=3, label=arm.split("_", 1)[1])
         axis.set(title=title, ylabel=f"held-out {metric}",
                  xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
         if metric == "success":
