@@ -502,8 +502,9 @@ def cross_table() -> str:
     tokens = [np.mean([float(row["generated_tokens"]) for row in rows
                        if row["arm"] in arms.values()]) for arms in found.values()]
     lines.append("| generated tokens | " + " | ".join(f"{x / 1000:.0f}k" for x in tokens) + " |")
+    played = [algo for algo in CLAIMS if any(algo in arms for arms in found.values())]
     for label, algo, name in [("warm start", "ms_grpo", "success_start"),
-                              *((f"`{algo}`", algo, "success_end") for algo in CLAIMS)]:
+                              *((f"`{algo}`", algo, "success_end") for algo in played)]:
         lines.append(f"| {label} | " + " | ".join(cell(x, algo, name) for x in found) + " |")
     return "\n".join(lines)
 
