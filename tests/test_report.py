@@ -82,7 +82,7 @@ def test_arms_of_different_seeds_are_not_compared(monkeypatch):
 
 
 def test_the_cross_table_by_hand(monkeypatch):
-    """Means and deviations of two seeds; a dash where a script has no arm."""
+    """Means and deviations of two seeds; a dash where a script has no arm in this game."""
     rows = [{"arm": arm, "seed": seed, "success_start": "0.1", "success_end": end, "generated_tokens": tokens}
             for arm, seed, end, tokens in [("lake_ms_grpo", "3", "0.2", "80400"), ("lake_ms_grpo", "4", "0.4", "81600"),
                                            ("desk_ms_grpo", "3", "0.5", "30000"), ("desk_ms_grpo", "4", "0.5", "30000"),
@@ -94,7 +94,7 @@ def test_the_cross_table_by_hand(monkeypatch):
     assert lines[2] == "| generated tokens | 81k | 32k |"
     assert lines[3] == "| warm start | 0.10 ± 0.00 | 0.10 ± 0.00 |"
     assert "| `ms_grpo` | 0.30 ± 0.14 | 0.50 ± 0.00 |" in lines and "| `igpo` | – | 0.95 ± 0.07 |" in lines
-    assert "| `archer` | – | – |" in lines and len(lines) == 4 + len(report.CLAIMS)
+    assert len(lines) == 6, "a script without any arm has no row"
 
 
 def test_the_table_of_models_by_hand(monkeypatch):
