@@ -8,6 +8,7 @@ from envs.episodes import attribute
 
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
 gym.register("turnrl/GuessMyCity-v0", entry_point="envs.twenty_questions:GuessMyCity")
+gym.register("turnrl/GuessNumber-v0", entry_point="envs.guess_number:GuessNumber")
 gym.register("turnrl/RetryMath-v0", entry_point="envs.retry_math:RetryMath")
 gym.register("turnrl/SearchQA-v0", entry_point="envs.search_qa:SearchQA")
 gym.register("turnrl/Snake-v0", entry_point="envs.snake:Snake")
