@@ -5,6 +5,7 @@ imitating the environment's scripted player (behaviour cloning), and cached on d
 """
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import itertools
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import tqdm
 import transformers
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,7 +33,7 @@ from envs.episodes import Episode, Turn, attribute, checked_text, demonstrations
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
     DEMONSTRATE, RunArgs, all_reduce_sum, collate, make_envs, micro_batches, optimizer_step, quiet,
-    random_stream, rank, reason, rollout, stop, token_logprobs, world_size,
+    random_stream, rank, reason, rollout, stop, token_entropy, token_logprobs, world_size,
 )
 
 transformers.utils.logging.disable_progress_bar()
@@ -194,6 +196,9 @@ class ChatFormat:
 
 
 # === 2. The policy ===============================================================================
+MOST_LOGITS = 2**25  # that exist at a time in an update: 128 MiB in fp32
+
+
 def context_length(config) -> int | None:
     """How many tokens a row may have, if the config says it: tokens (or None).
 
@@ -228,6 +233,7 @@ class Policy(ChatFormat):
     history_turns: int | None = None
     max_turn_tokens = 8
     warned = False  # of an observation that is too long
+    whole = False  # whether its output layer cannot be run apart from what stands before it
 
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False,
                  template_kwargs: dict | None = None):
@@ -257,6 +263,8 @@ class Policy(ChatFormat):
         for module in self.model.modules():  # passes over many tokens would heed this limit of a
             if hasattr(module, "time_step_limit"):  # state space model; steps of one token do not
                 module.time_step_limit = (0.0, float("inf"))
+        self.vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        self.whole = not self.splits()
         embedded = self.model.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > embedded:
             raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, but its embedding "
@@ -321,6 +329,18 @@ class Policy(ChatFormat):
         """What to put in, unsampled, after these tokens of the turn."""
         return []
 
+    @torch.no_grad()
+    def splits(self) -> bool:
+        """Whether the trunk and the output layer, one after the other, do what the model does."""
+        tokens = torch.tensor([[0, 1]], device=self.device)
+        try:
+            output = self.trunk(tokens)
+            apart = self.logits(output, output.last_hidden_state)
+        except Exception:  # each model has its own, and a reason to fail is told by the self-check
+            return False
+        together = self.forward(tokens)
+        return apart.shape == together.shape and torch.allclose(apart, together, atol=1e-4)
+
     def autocast(self):
         """The precision of the passes: bf16, or fp32 throughout."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -337,6 +357,57 @@ class Policy(ChatFormat):
                 kwargs["attention_mask"] = kwargs["attention_mask"][:, -tokens.shape[1] :]
         with self.autocast():
             return self.model(tokens, use_cache=cache is not None, **kwargs).logits.float()
+
+    def trunk(self, tokens: Tensor) -> transformers.utils.ModelOutput:
+        """What the layers before the output layer make of rows of tokens (B, T)."""
+        if self.whole:
+            return transformers.modeling_outputs.BaseModelOutput(self.forward(tokens))
+        caught = []
+        hook = self.model.get_decoder().register_forward_hook(
+            lambda module, args, output: caught.append(output))
+        try:
+            self.forward(tokens, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return caught[-1]
+
+    def logits(self, output: transformers.utils.ModelOutput, hidden: Tensor) -> Tensor:
+        """The logits (B, N, V) of some of the trunk's last hidden states (B, N, D), in fp32.
+
+        The model's own forward pass makes them, because some models scale or cap their logits. In
+        it, the trunk only hands on the given states.
+        """
+        if self.whole:
+            return hidden
+        trunk, some = self.model.get_decoder(), copy.copy(output)
+        some.last_hidden_state = hidden
+        trunk.forward = lambda *args, **kwargs: some
+        try:
+            return self.forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device))
+        finally:
+            del trunk.forward
+
+    def score_next(self, tokens: Tensor, following: Tensor,
+                   temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-prob of tokens[t + 1] and entropy wherever following (B, T - 1) is true: two (N,).
+
+        There are at most MOST_LOGITS logits at a time: the backward pass makes them once more.
+        """
+        output = self.trunk(tokens)
+        hidden = output.last_hidden_state[:, :-1][following]  # (N, D)
+
+        def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.logits(output, hidden[None])[0] / temperature  # (n, V)
+            chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            return chosen, token_entropy(logits)
+
+        size = max(1, MOST_LOGITS // self.vocab_size)
+        parts = list(zip(hidden.split(size), tokens[:, 1:][following].split(size), strict=True))
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        scores = [checkpoint(score, *part, use_reentrant=False) if again else score(*part)
+                  for part in parts]
+        chosen, entropy = zip(*scores, strict=True)
+        return torch.cat(chosen), torch.cat(entropy)
 
     def save(self, folder: Path):
         self.model.save_pretrained(folder)

@@ -399,13 +399,11 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
 
     The next-token shift lives here only: entry t belongs to tokens[t], given tokens[< t].
     """
-    tokens, mask = batch["tokens"], batch["turn_id"] >= 0  # (B, T)
-    columns = mask[:, 1:].any(0).nonzero()[:, 0]  # (C,) positions whose next token was sampled
-    logits = policy.forward(tokens, logits_to_keep=columns) / temperature
-    chosen = logits.gather(2, tokens[:, columns + 1, None])[:, :, 0] - logits.logsumexp(-1)
-    entropy, zeros = token_entropy(logits), torch.zeros(tokens.shape, device=logits.device)
-    chosen, entropy = (zeros.index_copy(1, columns + 1, x) for x in (chosen, entropy))  # (B, T)
-    return torch.where(mask, chosen, 0.0), torch.where(mask, entropy, 0.0)
+    tokens, following = batch["tokens"], batch["turn_id"][:, 1:] >= 0  # (B, T), (B, T - 1)
+    zeros = torch.zeros(following.shape, device=tokens.device)
+    chosen, entropy = (zeros.masked_scatter(following, x)
+                       for x in policy.score_next(tokens, following, temperature))
+    return torch.nn.functional.pad(chosen, (1, 0)), torch.nn.functional.pad(entropy, (1, 0))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from benchmarks.models import ALL, MODELS, build, judge, trial
 from conftest import CHATML, ROOT, byte_tokenizer
 from policies import Policy, load_policy, self_check
 from results import report
-from utils import RunArgs
+from utils import RunArgs, token_logprobs
 
 
 def policy_of(name: str, context: int | None = None) -> Policy:
@@ -29,6 +29,35 @@ def test_the_trial_of_a_kind_of_model(name, verdict):
     row = judge(name)
     assert (row["verdict"], row["self_check"], row["gradient"]) == (verdict, verdict, "finite"), row
     assert float(row["difference"]) <= 1e-4 and float(row["influence"]) > 0.1
+
+
+@pytest.mark.parametrize("name,whole", [
+    ("llama", False), ("gemma2", False), ("cohere", False), ("falcon_h1", False), ("opt", False), ("bart", False),
+    ("mixtral (router logits)", False), ("mamba", False), ("modernbert-decoder", True), ("gemma4_text (shared keys)", True)])
+def test_logits_in_parts_give_the_numbers_and_gradients_of_all_at_once(name, whole, monkeypatch):
+    """Models that cap or scale their logits, with a trunk inside another, or that cannot be taken apart."""
+    policy = policy_of(name, 2000)
+    rows, width = 3, 40
+    generator = torch.Generator().manual_seed(0)
+    tokens, turn_id = (torch.randint(low, high, (rows, width), generator=generator) for low, high in ((3, 250), (-1, 2)))
+    up, sizes, found = torch.linspace(-1, 1, width), [], []
+    logits = policy.model(tokens, use_cache=False, **policy.options).logits[:, :-1] / 0.7  # plainly
+    log_softmax, mask = logits.log_softmax(-1), turn_id[:, 1:] >= 0
+    plain = log_softmax.gather(2, tokens[:, 1:, None])[..., 0] * mask
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1) * mask
+    in_parts = policy.logits
+    monkeypatch.setattr(policy, "logits", lambda *x: sizes.append(in_parts(*x)) or sizes[-1])
+    monkeypatch.setattr(policies, "MOST_LOGITS", 7 * policy.vocab_size)
+    parts = token_logprobs(policy, {"tokens": tokens, "turn_id": turn_id}, 0.7)
+    for values in ((plain, entropy), [x[:, 1:] for x in parts]):
+        policy.model.zero_grad()
+        (values[0] * up[1:] + values[1]).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]))
+    assert policy.whole == whole and policy.vocab_size == logits.shape[2]
+    assert max(x.shape[1] for x in sizes) == 7 and len(sizes) >= 2 * (int(mask.sum()) // 7), "and again in the backward pass"
+    assert torch.allclose(parts[0][:, 1:], plain, atol=1e-4) and torch.allclose(parts[1][:, 1:], entropy, atol=1e-4)
+    assert not parts[0][:, 0].any() and not parts[1][:, 0].any()
+    assert torch.allclose(*found, atol=1e-4 * found[0].abs().max().item()) and found[0].abs().max() > 0.1
 
 
 def test_the_trial_finds_what_is_wrong():

@@ -175,10 +175,9 @@ def budget_policy(parts, lean=0.0, **flags):
     likely = torch.zeros(len(policy.tokenizer), policy.model.config.vocab_size)  # [token, next token]
     likely[:, [policy.mark[0], policy.end_id]] = lean
     likely[policy.mark[:-1], policy.mark[1:]] = 2 * lean
-    forward = policy.forward
-    policy.forward = lambda tokens, logits_to_keep, **more: forward(
-        tokens, logits_to_keep=logits_to_keep, **more) + likely[
-            tokens[:, -1:] if isinstance(logits_to_keep, int) else tokens[:, logits_to_keep]]
+    forward, policy.whole = policy.forward, True
+    policy.forward = lambda tokens, logits_to_keep=0, **more: forward(
+        tokens, logits_to_keep=logits_to_keep, **more) + likely[tokens[:, -logits_to_keep:]]
     return policy
 
 
