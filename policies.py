@@ -1,9 +1,10 @@
 """The policy that --model names: a chat model from a folder or hub, or the tiny model made here.
 
-The tiny model has 0.23 million parameters and a tokenizer of its own. It is warm-started by
-imitating the environment's scripted player (behaviour cloning), and cached on disk.
+The tiny model has 0.23 million parameters and a tokenizer of its own. A warm start imitates the
+environment's scripted player (behaviour cloning); warm-started models are cached on disk.
 """
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -15,20 +16,21 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium as gym
-import tokenizers
 import torch
 import torch.distributed as dist
 import tqdm
 import transformers
+import tyro
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from chat_format import ChatFormat
 from envs.episodes import Episode, Turn, attribute, checked_text, demonstrations
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
@@ -39,163 +41,7 @@ from utils import (
 transformers.utils.logging.disable_progress_bar()
 
 
-# === 1. How a chat template writes a conversation ================================================
-THOUGHT = re.compile(r"<think>.*?(</think>\s*|\Z)", re.DOTALL)  # one that was cut has no end
-NOWHERE = "\U0010ffff"  # a character that no text of the policy has
-
-
-class Opening(NamedTuple):
-    """What stands before an observation: markup, then text that belongs to the same words."""
-
-    ids: list[int]  # up to the last special token
-    text: str  # after it, for example "user\n"
-    strips: bool  # whether this special token swallows the spaces that follow
-
-
-def plain_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, tokenizers.AddedToken]]:
-    """A copy of the tokenizer to which markup is ordinary text, and the markup by token.
-
-    Nor does it put a space before a text that is not the first of a row.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError("its tokenizer is not one of the tokenizers library")
-    blank = re.compile(r"[\s▁]*")  # runs of spaces are added tokens in some tokenizers
-    markup = {number: token for number, token in tokenizer.added_tokens_decoder.items()
-              if not blank.fullmatch(token.content)}
-    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    core, kept = json.loads(tokenizer.backend_tokenizer.to_str()), []
-    for token in core["added_tokens"]:
-        if token["id"] not in markup:
-            kept.append(token)
-        elif token["content"] not in words:  # keeps its place, so that the others keep theirs
-            kept.append(token | {"content": f"{NOWHERE}{token['id']}"})
-    core["added_tokens"] = kept
-    core["truncation"] = core["padding"] = None
-    text = json.dumps(core).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    plain = tokenizers.Tokenizer.from_str(text)
-    for number, token in markup.items():
-        if number in plain.encode(token.content, add_special_tokens=False).ids:
-            raise ValueError(f"its tokenizer makes markup of a text that quotes {token.content}")
-    return plain, markup
-
-
-class ChatFormat:
-    r"""How a chat template writes a conversation.
-
-    In tokens a conversation is: head, observation, tail, ANSWER, end_id, between, observation,
-    tail, ANSWER, ... where only ANSWER and (normally) its end are sampled. It is append-only:
-    what was sampled is never decoded and encoded again. An answer ends at any token of end_ids.
-    With ChatML, in text (an observation is encoded as one piece with the ordinary text around it):
-
-        head      <|im_start|>system\nPlay well.<|im_end|>\n<|im_start|>  and then  user\n
-        tail      <|im_end|>\n<|im_start|>assistant\n
-        end_id    <|im_end|>
-        between   \n<|im_start|>  and then  user\n
-
-    A template or tokenizer whose rows would be wrong raises ValueError with the reason.
-    """
-
-    def __init__(self, tokenizer, instructions: str, ends: set, template_kwargs: dict):
-        """ends: what the model's config declares to end an answer, besides the tokenizer's."""
-        self.tokenizer, (self.plain, self.markup) = tokenizer, plain_tokenizer(tokenizer)
-
-        def render(*messages: tuple[str, str]) -> str:
-            chat = [{"role": role, "content": content} for role, content in messages]
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                                 **template_kwargs)
-
-        # 1. a first prompt in text: head, question, tail
-        question, answer, first = "Question_Mark", "Answer_Mark", ""
-        if instructions:
-            with contextlib.suppress(Exception):  # some templates raise on a system role, ..
-                first = render(("system", instructions), ("user", question))
-            if instructions.strip() not in first:  # .. others skip it: it opens the first message
-                first = render(("user", f"{instructions}\n\n{question}"))
-        else:
-            first = render(("user", question))
-        if first.count(question) != 1:
-            raise ValueError("its chat template does not show the user's message once, as it is")
-        head, _, tail = first.partition(question)
-        self.thinks = "<think>" in tail and "</think>" not in tail.rpartition("<think>")[2]
-        self.head, start = self.opening(head), self.opening(tail)
-        encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        marks = [n for n, token in enumerate(ids) if token in self.markup]
-        self.tail_text = tail[: spans[marks[0]][0]] if marks else tail  # before its first markup
-        self.tail = ids[marks[0] :] if marks else []
-
-        # 2. a dialogue in text: .. question, tail, lead, answer, end of the answer, between, ..
-        dialogue = render(("user", question), ("assistant", answer), ("user", question))
-        asked, _, between = dialogue.partition(answer)
-        asked = asked.rpartition(question)[2]
-        self.cue = start.text  # of the tail, after its markup: "assistant\n"
-        # the template may put more before an answer than the tail: a space, or an empty thought,
-        # whose markup is self.lead; self.lead_text is what follows the last markup
-        begun = self.opening(asked) if asked.startswith(tail) else start
-        given = len(start.ids) + len(self.encode(self.cue))  # tokens of the tail
-        self.lead = begun.ids[given:] if begun.ids != start.ids else []
-        self.lead_text = begun.text
-        ids, text, strips = self.opening(between.partition(question)[0].lstrip(" "))
-        if not ids or ids[0] not in self.markup:
-            raise ValueError("its chat template does not end an answer with a special token")
-        self.end_id, self.between = ids[0], Opening(ids[1:], text, strips)
-
-        # 3. the tokens at which the model stops
-        declared = {tokenizer.eos_token_id, *ends} & self.markup.keys()
-        if declared and self.end_id not in declared:
-            end, others = tokenizer.decode([self.end_id]), tokenizer.decode(sorted(declared))
-            raise ValueError(f"its chat template ends an answer with {end}, but its "
-                             f"generation_config.json declares only {others} as ends")
-        self.end_ids = [self.end_id, *sorted(declared - {self.end_id})]
-
-    def opening(self, text: str) -> Opening:
-        """The markup of a text that stands before an observation, and the rest of the text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        marks = [n for n, token in enumerate(ids) if token in self.markup]
-        if not marks:  # some tokenizers put a space before the first word of a row
-            same = self.encode(text) == ids
-            return Opening([], text, False) if same else Opening(ids, "", False)
-        last, end = marks[-1], encoded["offset_mapping"][marks[-1]][1]
-        return Opening(ids[: last + 1], text[end:], self.markup[ids[last]].rstrip)
-
-    def pieces(self, text: str) -> tokenizers.Encoding:
-        """Outside text in tokens, with their places in the text."""
-        text = text.replace(NOWHERE, "\ufffd")
-        return self.plain.encode(text, add_special_tokens=False)
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of outside text, which cannot contain a special token."""
-        return self.pieces(text).ids
-
-    def tokens_of(self, text: str) -> list[int]:
-        """The tokens with which the model writes a text that may be markup, such as </think>."""
-        whole = [number for number, token in self.markup.items() if token.content == text]
-        return whole or self.encode(text)
-
-    def show(self, opening: Opening, observation: str) -> list[int]:
-        """The tokens of an observation and of the markup around it."""
-        text = opening.text + observation + self.tail_text
-        return [*opening.ids, *self.encode(text.lstrip() if opening.strips else text), *self.tail]
-
-    def spell(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of an answer as the template writes it, and their places in the answer.
-
-        The template may put a space or an empty thought before it.
-        """
-        encoded, before = self.pieces(self.lead_text + answer), len(self.lead_text)
-        cue = 0 if self.lead else len(self.encode(self.cue))  # these tokens are in the prompt
-        spans = [(first - before, last - before) for first, last in encoded.offsets[cue:]]
-        return self.lead + encoded.ids[cue:], [(-1, -1)] * len(self.lead) + spans
-
-    def action(self, token_ids: list[int]) -> str:
-        """What an answer says to the environment: all but its end and what it thinks in tags."""
-        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
-        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return THOUGHT.sub("", "<think>" * self.thinks + text)
-
-
-# === 2. The policy ===============================================================================
+# === 1. The policy ===============================================================================
 MOST_LOGITS = 2**25  # that exist at a time in an update: 128 MiB in fp32
 
 
@@ -414,7 +260,24 @@ class Policy(ChatFormat):
         self.tokenizer.save_pretrained(folder)
 
 
-# === 3. Loading a model, and a check of it =======================================================
+# === 2. Loading a model, and a check of it =======================================================
+def parse_args(kind: type[RunArgs], description: str) -> RunArgs:
+    """The flags of the command line; a chat model as --model has kind.chat_defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="?", default="tiny")
+    model = parser.parse_known_args()[0].model or "tiny"
+    changes = {} if is_tiny(model) else kind.chat_defaults
+    steps = kind.tiny_steps if model == "tiny" else 0
+    return tyro.cli(kind, description=description, default=kind(
+        **changes, warm_start_steps=steps))
+
+
+def is_tiny(model: str) -> bool:
+    """Whether --model is the tiny model, or a folder with a trained one."""
+    template = Path(model) / "chat_template.jinja"
+    return model == "tiny" or template.is_file() and template.read_text() == TINY_TEMPLATE
+
+
 def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | None = None,
                 kind: type[Policy] = Policy) -> Policy:
     """The policy that `--model` names, as it is before any reinforcement learning.
@@ -447,7 +310,8 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
         policy.limit_context(args.context_length)
         if not tiny:
             self_check(policy)
-        policy.bf16 = args.device.startswith("cuda") and not tiny
+        policy.bf16 = not tiny and (args.device.startswith("cuda") or args.device == "cpu" and
+                                    torch.cpu._is_avx512_bf16_supported())
         if args.gradient_checkpointing:
             checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
                                  model.gradient_checkpointing_enable)
@@ -463,6 +327,8 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
             layer.training = True
             vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})
     policy.history_turns, policy.max_turn_tokens = history_turns, args.max_turn_tokens
+    if not tiny and cloning_steps(args):
+        imitate(policy, args, env, rules)
     return policy
 
 
@@ -525,7 +391,7 @@ def self_check(policy: Policy):
               f"({time.perf_counter() - start:.1f} s)")
 
 
-# === 4. The tiny model and its warm start ========================================================
+# === 3. The tiny model and its warm start ========================================================
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
     "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
@@ -533,36 +399,51 @@ TINY_TEMPLATE = (
 TINY_PIECES = r" ?[A-Z]?[a-z]+| ?[0-9]+|\s|."
 TINY_CONTEXT = 1024
 NUM_DEMONSTRATIONS, WARM_START_ROWS, WARM_START_TOKENS = 2048, 64, 4096
+WARM_START_ROWS_PRETRAINED = 16  # in a step
 
 
-def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
-    """A tokenizer and model of 0.23 million parameters, trained to imitate demonstrations.
-
-    The folder is cached under a hash of what determines it, the demonstrations included.
-    """
+def play_demonstrations(args: RunArgs, env: gym.Env) -> list[Episode]:
+    """The episodes of the scripted player that a warm start imitates."""
     rng = random_stream(args.seed, DEMONSTRATE)
-    seeds = rng.integers(EVALUATION_SEEDS, size=NUM_DEMONSTRATIONS).tolist()
+    count = min(NUM_DEMONSTRATIONS, cloning_steps(args) * rows_per_step(args))
+    count = NUM_DEMONSTRATIONS if args.model == "tiny" else count  # whose tokenizer is made of them
+    seeds = rng.integers(EVALUATION_SEEDS, size=count).tolist()
     episodes = []
     try:
         for seed in tqdm.tqdm(seeds, "demonstrations", disable=quiet(), leave=False):
             episodes += (played := demonstrations(env, [seed], args.max_turns, rng))
-            check_lengths(played, args.env_id)
+            if args.model == "tiny":
+                check_lengths(played, args.env_id)
     except NotImplementedError as error:
-        stop(f"--env-id {args.env_id}: {error}; give --model <folder or hub id>")
+        other = "--warm-start-steps 0" if args.model != "tiny" else "--model <folder or hub id>"
+        stop(f"--env-id {args.env_id}: {error}; give {other}")
+    return episodes
+
+
+def cloning_steps(args: RunArgs) -> int:
+    default = args.tiny_steps if args.model == "tiny" else 0
+    return default if args.warm_start_steps is None else args.warm_start_steps
+
+
+def rows_per_step(args: RunArgs) -> int:
+    return WARM_START_ROWS if args.model == "tiny" else WARM_START_ROWS_PRETRAINED
+
+
+def cached_folder(args: RunArgs, episodes: list[Episode], determined_by: list,
+                  make: Callable[[], Policy]) -> Path:
+    """The folder of a warm-started model, made if the cache does not have it.
+
+    Its name has a hash of what determines it, the demonstrations included.
+    """
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
-    determined_by = [texts, history_turns, args.seed, torch.device(args.device).type,
-                     args.warm_start_steps, args.max_grad_norm, WARM_START_ROWS,
-                     args.warm_start_learning_rate, args.tiny_init_std,
-                     TINY_TEMPLATE, TINY_PIECES, TINY_CONTEXT, inspect.getsource(make_tiny),
-                     inspect.getsource(warm_start), torch.__version__,
-                     transformers.__version__]
+    determined_by = [texts, args.seed, torch.device(args.device).type, cloning_steps(args),
+                     args.max_grad_norm, args.warm_start_learning_rate, *determined_by,
+                     inspect.getsource(warm_start), torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
     folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
     if rank() == 0 and not folder.exists():
-        policy = Policy(*make_tiny(args, [text for e in texts for pair in e for text in pair]),
-                        args.device)
-        policy.history_turns = history_turns
+        policy = make()
         warm_start(policy, episodes, args)
         temporary = cache / f"{folder.name}.{os.getpid()}"
         try:
@@ -577,6 +458,38 @@ def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
     if world_size() > 1:
         dist.barrier()
     return folder
+
+
+def tiny_folder(args: RunArgs, env: gym.Env, history_turns: int | None) -> Path:
+    """A tokenizer and model of 0.23 million parameters, trained to imitate demonstrations."""
+    episodes = play_demonstrations(args, env)
+    texts = [text for e in episodes for turn in e.turns for text in (turn.observation, turn.action)]
+
+    def make() -> Policy:
+        policy = Policy(*make_tiny(args, texts), args.device)
+        policy.history_turns = history_turns
+        return policy
+
+    return cached_folder(args, episodes, [
+        history_turns, WARM_START_ROWS, args.tiny_init_std, TINY_TEMPLATE, TINY_PIECES,
+        TINY_CONTEXT, inspect.getsource(make_tiny)], make)
+
+
+def imitate(policy: Policy, args: RunArgs, env: gym.Env, rules: str):
+    """The warm start of a pretrained model, in place: it learns how its answers should look."""
+    plain = Policy(policy.model, policy.tokenizer, policy.device, rules, policy.bf16,
+                   policy.template_kwargs)  # of no special kind
+    plain.history_turns, plain.checkpointed = policy.history_turns, policy.checkpointed
+    plain.context_length, plain.windowed = policy.context_length, policy.windowed
+    episodes, weights = play_demonstrations(args, env), hashlib.sha256()
+    for x in policy.model.state_dict().values():
+        weights.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+    folder = cached_folder(args, episodes, [
+        plain.history_turns, WARM_START_ROWS_PRETRAINED, plain.bf16, weights.hexdigest(),
+        plain.tokenizer.backend_tokenizer.to_str(), plain.tokenizer.chat_template, plain.head,
+        plain.template_kwargs], lambda: plain)
+    model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
+    policy.model.load_state_dict(model.state_dict())
 
 
 def check_lengths(episodes: list[Episode], env_id: str):
@@ -616,7 +529,8 @@ def make_tiny(args: RunArgs, texts: list[str]):
 
 
 def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
-    """Behaviour cloning: raise the log-probability of the demonstrated actions."""
+    """Behaviour cloning: raise the log-probability of the demonstrated actions, and of no other."""
+    start, losses = time.perf_counter(), []
     rows: list[Episode] = []  # an episode each, of the turns that stand in one row
     for episode in episodes:
         turns, episode.turns = episode.turns, []
@@ -631,12 +545,13 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
             rows[-1].turns.append(turn)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0)
     rng = random_stream(args.seed, DEMONSTRATE, 1)
-    progress = tqdm.trange(args.warm_start_steps, desc="warm start", disable=quiet())
+    steps = cloning_steps(args)
+    progress = tqdm.trange(steps, desc="warm start", disable=quiet())
     for step in progress:
-        done = step / args.warm_start_steps  # the learning rate goes up, then down to 0
+        done = step / steps  # the learning rate goes up, then down to 0
         rate = args.warm_start_learning_rate * min(10 * done, 1) * (1 - done)
         optimizer.param_groups[0]["lr"] = rate
-        drawn = rng.integers(len(rows), size=WARM_START_ROWS)
+        drawn = rng.integers(len(rows), size=rows_per_step(args))
         batch = collate([rows[i] for i in drawn], policy.device)
         wide = batch["tokens"].numel() > WARM_START_TOKENS  # then like lengths go together
         loss, count = 0.0, (batch["turn_id"] >= 0).sum()
@@ -647,3 +562,8 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
             loss += part_loss.item()
         optimizer_step(policy.model, optimizer, args.max_grad_norm, processes=1)
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        losses.append(loss)
+    if args.model != "tiny" and losses:
+        print(f"warm start: {len(losses)} steps of {rows_per_step(args)} rows, loss "
+              f"{losses[0]:.2f} -> {losses[-1]:.2f} nats a token "
+              f"({time.perf_counter() - start:.0f} s)")

@@ -29,13 +29,15 @@ import tqdm
 import transformers
 
 from envs.episodes import EnvironmentFault, Episode
-from policies import Opening, Policy
+from chat_format import Opening
+from policies import Policy
 from utils import (
     RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, evaluate, make_envs,
     quiet, rank, reason, select_rows, stop, world_size,
 )
 
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "max_generated_tokens", "eval_only",
+                        "warm_start_only",
                         "save_every", "run_dir", "track", "print_samples",
                         "micro_batch_tokens", "gradient_checkpointing", "device"}
 
@@ -293,7 +295,9 @@ class Run:
         due = self.start % args.eval_every == 0 or self.is_last(self.start)
         if args.eval_only or (due and "eval_success" not in self.rows[-1]):
             self.evaluated(*evaluation())
-        stay = args.eval_only or self.is_last(self.start)
+        if args.warm_start_only and rank() == 0:
+            self.save(policy, **state)
+        stay = args.eval_only or args.warm_start_only or self.is_last(self.start)
         steps = range(self.start, self.start if stay else args.num_iterations)
         self.progress = tqdm.tqdm(steps, "train", args.num_iterations, initial=self.start,
                                   disable=quiet())
@@ -377,6 +381,11 @@ class Run:
                                 f"{episode.transcript()}\n")
             tqdm.tqdm.write(f"iteration {iteration:4d}  success {metrics['success']:.3f}  return "
                             f"{metrics['return']:+.3f}  {self.rows[-1]['seconds']:.0f} s")
+            unreadable = metrics["invalid_actions"]
+            if iteration == 0 and unreadable > 0.5:
+                print(f"warning: {unreadable:.0%} of the answers are unreadable, so little can be "
+                      "learned (--warm-start-steps 20 first imitates a scripted player)",
+                      file=sys.stderr)
 
     def write(self, metrics: dict[str, float]):
         """Add to the current row (no means of nothing); metrics.csv is replaced as a whole."""

@@ -43,7 +43,7 @@ class RunArgs:
     seed: int = 1  # seed of everything random in the run: model, instances, sampling
     env_id: str = "turnrl/FrozenLake-v0"  # gymnasium id; module:Id-v0 imports the module first
     env_kwargs: str = "{}"  # arguments of the environment as JSON, e.g. '{"max_turns": 15}'
-    model: str = "tiny"  # tiny (made and warm-started here), or a folder or hub id of a chat model
+    model: str = "tiny"  # or a folder or hub id of a chat model (its defaults: --model X --help)
     template_kwargs: str = "{}"  # of its chat template as JSON, e.g. '{"enable_thinking": false}'
     context_length: int | None = None  # most tokens of a row; default: what the model's config says
     device: str = "cpu"  # torch device: cpu, cuda, cuda:1
@@ -57,13 +57,14 @@ class RunArgs:
     learning_rate: float = 3e-4  # of AdamW, constant
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     micro_batch_tokens: int = 4096  # tokens per forward pass of an update: memory, not results
-    warm_start_steps: int = 600  # behaviour cloning steps of the tiny model before training
+    warm_start_steps: int | None = None  # of behaviour cloning before training; a chat model: 0
     warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
     eval_every: int = 10  # iterations between evaluations on held-out seeds
     eval_episodes: int = 256  # held-out seeds per evaluation, one episode each
     eval_temperature: float = 1.0  # sampling temperature of the evaluation
     eval_only: bool = False  # evaluate the start policy (or the --resume checkpoint) and stop
+    warm_start_only: bool = False  # evaluate it, save it as the run folder's checkpoint and stop
     save_every: int = 50  # iterations between checkpoints (the last one is always saved)
     run_dir: str = "runs"  # parent of the run folder <env>__<algo>__<seed>__<time>
     resume: str | None = None  # run folder to continue, with the flags it was made with
@@ -71,6 +72,9 @@ class RunArgs:
     gradient_checkpointing: bool = False  # compute layers twice in an update: less memory
     print_samples: int = 1  # transcripts printed at both ends of training; 0: no samples.html
     may_be_zero: ClassVar[set[str]] = {"seed", "warm_start_steps", "print_samples"}  # others: >= 1
+    chat_defaults: ClassVar = {"learning_rate": 1e-5, "num_prompts": 8, "max_turn_tokens": 24,
+                               "eval_episodes": 64, "warm_start_learning_rate": 1e-4}
+    tiny_steps: ClassVar[int] = 600  # of the warm start, where the tiny model is trained
 
 
 def stop(message: str):
@@ -401,9 +405,8 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
     """
     tokens, following = batch["tokens"], batch["turn_id"][:, 1:] >= 0  # (B, T), (B, T - 1)
     zeros = torch.zeros(following.shape, device=tokens.device)
-    chosen, entropy = (zeros.masked_scatter(following, x)
-                       for x in policy.score_next(tokens, following, temperature))
-    return torch.nn.functional.pad(chosen, (1, 0)), torch.nn.functional.pad(entropy, (1, 0))
+    return tuple(torch.nn.functional.pad(zeros.masked_scatter(following, x), (1, 0))
+                 for x in policy.score_next(tokens, following, temperature))
 
 
 @torch.no_grad()

@@ -53,13 +53,12 @@ from typing import ClassVar, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn
-from policies import Policy, load_policy
+from policies import Policy, load_policy, parse_args
 from run_folder import Run
 from utils import (
     DRAW, Decoder, RunArgs, all_reduce_sum, collate, collect_groups, gather_list, make_envs,
@@ -78,7 +77,7 @@ class Args(RunArgs):
     max_turn_tokens: int = 12  # tokens the policy may sample in one turn
     learning_rate: float = 5e-5  # of AdamW, constant
     num_iterations: int = 20  # iterations of: collect episodes, update
-    warm_start_steps: int = 150  # behaviour cloning steps of the tiny model before training
+    tiny_steps: ClassVar[int] = 150  # of the warm start, where the tiny model is trained
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 5  # iterations between evaluations on held-out seeds
@@ -407,4 +406,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

@@ -44,12 +44,11 @@ from typing import ClassVar, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode
-from policies import Policy, load_policy
+from policies import Policy, load_policy, parse_args
 from run_folder import Run
 from utils import (
     RunArgs, all_gather, all_reduce_sum, collate, collect_groups, groups_without_signal, make_envs,
@@ -61,7 +60,7 @@ from utils import (
 @dataclasses.dataclass
 class Args(RunArgs):
     num_iterations: int = 15  # iterations of: collect episodes, update
-    warm_start_steps: int = 300  # behaviour cloning steps of the tiny model before training
+    tiny_steps: ClassVar[int] = 300  # of the warm start, where the tiny model is trained
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 5  # iterations between evaluations on held-out seeds
@@ -225,4 +224,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

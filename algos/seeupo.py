@@ -49,16 +49,15 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from policies import Policy, load_policy
+from policies import Policy, load_policy, parse_args
 from run_folder import Run
 from utils import (
     DRAW, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
@@ -75,7 +74,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-4  # of AdamW, constant
     num_iterations: int = 30  # iterations of: collect episodes, update
     max_turn_tokens: int = 6  # tokens the policy may sample in one turn
-    warm_start_steps: int = 400  # behaviour cloning steps of the tiny model before training
+    tiny_steps: ClassVar[int] = 400  # of the warm start, where the tiny model is trained
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 5  # iterations between evaluations on held-out seeds
@@ -304,4 +303,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

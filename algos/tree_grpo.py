@@ -53,12 +53,11 @@ from typing import ClassVar, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import gymnasium as gym
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn, start_episodes
-from policies import Policy, load_policy
+from policies import Policy, load_policy, parse_args
 from run_folder import Run
 from utils import (
     DRAW, SAMPLE, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
@@ -324,4 +323,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

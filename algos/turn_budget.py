@@ -35,18 +35,17 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn, attribute
-from policies import Policy, load_policy
+from policies import Policy, load_policy, parse_args
 from run_folder import Run
 from utils import (
     RunArgs, all_reduce_sum, collate, collect_groups, evaluate, gather_list, groups_without_signal,
@@ -63,7 +62,7 @@ class Args(RunArgs):
     max_turn_tokens: int = 4  # tokens of the action that follows a thought
     learning_rate: float = 1.5e-4  # of AdamW, constant
     num_iterations: int = 60  # iterations of: collect episodes, update
-    warm_start_steps: int = 500  # behaviour cloning steps of the tiny model before training
+    tiny_steps: ClassVar[int] = 500  # of the warm start, where the tiny model is trained
 
     # Algorithm specific arguments
     cap: Literal["none", "episode", "turn"] = "turn"  # on each thought, or on their sum, Eq. 1
@@ -78,6 +77,7 @@ class Args(RunArgs):
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 5
     entropy_coefficient: float = 0.001  # weight of the entropy bonus, c in Eq. 5
     num_minibatches: int = 2  # optimizer steps per iteration
+    chat_defaults: ClassVar = RunArgs.chat_defaults | {"thought_cap": 64, "context_limit": 2000}
 
 
 # === 3. Advantages ===============================================================================
@@ -327,4 +327,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

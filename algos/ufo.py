@@ -39,16 +39,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, start_episodes
-from policies import Policy, load_policy
+from policies import Policy, load_policy, parse_args
 from run_folder import Run
 from utils import (
     RunArgs, all_gather, all_reduce_sum, collate, collect_groups, evaluate, groups_without_signal,
@@ -65,7 +64,7 @@ class Args(RunArgs):
     max_turn_tokens: int = 9  # tokens the policy may sample in one turn
     learning_rate: float = 2e-4  # of AdamW, constant
     num_iterations: int = 60  # iterations of: collect episodes, update
-    warm_start_steps: int = 500  # behaviour cloning steps of the tiny model before training
+    tiny_steps: ClassVar[int] = 500  # of the warm start, where the tiny model is trained
     eval_temperature: float = 0.5  # sampling temperature of the evaluation
 
     # Algorithm specific arguments
@@ -288,4 +287,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

@@ -124,8 +124,8 @@ def test_every_flag_is_read_somewhere_and_explained_in_help(script, capsys):
 
 
 def test_a_short_run_from_a_clean_checkout(tmp_path):
-    """Only what a student would copy: the script, utils.py, policies.py, run_folder.py and envs/."""
-    for name in ("utils.py", "policies.py", "run_folder.py"):
+    """Only what a student would copy: the script, utils.py, policies.py, chat_format.py, run_folder.py and envs/."""
+    for name in ("utils.py", "policies.py", "chat_format.py", "run_folder.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("envs", "algos"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

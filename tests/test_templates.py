@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import policies
 from conftest import CHATML, Script, byte_tokenizer, random_model, random_policy, streams
 from envs.episodes import Episode, Turn, demonstrations
-from policies import Policy, load_policy, plain_tokenizer, tiny_folder
+from chat_format import plain_tokenizer
+from policies import Policy, load_policy, tiny_folder
 from run_folder import Run
 from test_chat_formats import FORMATS, Format, history
 from utils import RunArgs, collate, evaluate, make_envs, rollout
