@@ -8,10 +8,14 @@ template that is regular enough, and refuses the others with the reason.
 import contextlib
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 
+TINY_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
+    "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
 THOUGHT = re.compile(r"<think>.*?(</think>\s*|\Z)", re.DOTALL)  # one that was cut has no end
 NOWHERE = "\U0010ffff"  # a character that no text of the policy has
 
@@ -165,3 +169,9 @@ class ChatFormat:
         ids = token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return THOUGHT.sub("", "<think>" * self.thinks + text)
+
+
+def is_tiny(model: str) -> bool:
+    """Whether --model is the tiny model, or a folder with a trained one."""
+    template = Path(model) / "chat_template.jinja"
+    return model == "tiny" or template.is_file() and template.read_text() == TINY_TEMPLATE

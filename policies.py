@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from chat_format import ChatFormat
+from chat_format import TINY_TEMPLATE, ChatFormat, is_tiny
 from envs.episodes import Episode, Turn, attribute, checked_text, demonstrations
 from envs.text_env import EVALUATION_SEEDS
 from utils import (
@@ -272,12 +272,6 @@ def parse_args(kind: type[RunArgs], description: str) -> RunArgs:
         **changes, warm_start_steps=steps))
 
 
-def is_tiny(model: str) -> bool:
-    """Whether --model is the tiny model, or a folder with a trained one."""
-    template = Path(model) / "chat_template.jinja"
-    return model == "tiny" or template.is_file() and template.read_text() == TINY_TEMPLATE
-
-
 def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | None = None,
                 kind: type[Policy] = Policy) -> Policy:
     """The policy that `--model` names, as it is before any reinforcement learning.
@@ -392,9 +386,6 @@ def self_check(policy: Policy):
 
 
 # === 3. The tiny model and its warm start ========================================================
-TINY_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '<|end|>' }}"
-    "{% else %}{{ '<|user|>' + m.content + '<|assistant|>' }}{% endif %}{% endfor %}")
 # words and numbers may become one token; any other character is a token (cells of a map)
 TINY_PIECES = r" ?[A-Z]?[a-z]+| ?[0-9]+|\s|."
 TINY_CONTEXT = 1024

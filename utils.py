@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from chat_format import is_tiny
 from envs import known_ids, make_env
 from envs.episodes import Episode, Turn, start_episodes
 from envs.text_env import EVALUATION_SEEDS
@@ -90,9 +91,8 @@ def reason(error: Exception) -> str:
 
 # === 2. Processes and random streams =============================================================
 # Every random number comes from a stream named by integers: (run seed, purpose, iteration, index).
-# No generator lives across iterations, so a resumed run, a run on two processes and a run with
-# another batch order draw the same numbers. (numpy ignores a 0 at the end of a key: where one key
-# may begin another, number from 1.)
+# So a resumed run, a run on two processes and one with another batch order draw the same numbers.
+# (numpy ignores a 0 at the end of a key: where one key may begin another, number from 1.)
 DEMONSTRATE, PROMPTS, SAMPLE, EVALUATE, DRAW = range(5)
 
 
@@ -300,7 +300,7 @@ def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False)
     """Environments as the flags say, by default one for every training episode of this process."""
     count = args.num_prompts * args.group_size // world_size() if count is None else count
     try:
-        kwargs = json.loads(args.env_kwargs)
+        kwargs = {"chat": not is_tiny(args.model)} | json.loads(args.env_kwargs)
         return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
     except (Exception, SystemExit) as error:  # a constructor may raise anything
         unknown = isinstance(error, (gym.error.UnregisteredEnv, ModuleNotFoundError))

@@ -5,6 +5,7 @@ import importlib
 import gymnasium as gym
 
 from envs.episodes import attribute
+from envs.text_env import TextEnv
 
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
 gym.register("turnrl/GuessMyCity-v0", entry_point="envs.twenty_questions:GuessMyCity")
@@ -18,10 +19,11 @@ gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
 gym.register("turnrl/TwentyQuestions-v0", entry_point="envs.twenty_questions:TwentyQuestions")
 
 
-def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
+def make_env(env_id: str, evaluation: bool = False, chat: bool = False, **kwargs) -> gym.Env:
     """Make a text environment from any gymnasium id ("turnrl/Snake-v0", "Taxi-v4", "module:Id-v0").
 
-    `evaluation` adds the environment's own `evaluation_kwargs` (training penalties off). A game of
+    `evaluation` adds the environment's own `evaluation_kwargs` (training penalties off), `chat`
+    makes one of this package easier for a pretrained model (see TextEnv). A game of
     gymnasium's toy_text family is wrapped into text; another environment that does not speak text
     raises ValueError, a wrong id gymnasium.error.Error, a wrong keyword TypeError.
     """
@@ -36,6 +38,8 @@ def make_env(env_id: str, evaluation: bool = False, **kwargs) -> gym.Env:
     if not all(isinstance(s, gym.spaces.Text) for s in (env.observation_space, env.action_space)):
         raise ValueError(f"{env_id} does not speak text: its spaces are {env.observation_space} "
                          f"and {env.action_space}, not spaces.Text")
+    if isinstance(env.unwrapped, TextEnv):
+        env.unwrapped.chat = chat
     return env
 
 

@@ -19,12 +19,15 @@ from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv, generate_random_m
 from envs.text_env import EVALUATION_SEEDS, TextEnv, parse_action
 
 ACTIONS = ("left", "down", "right", "up")  # the engine's order, 0..3
+EXAMPLE = """
+Example: Player position: (0, 3), Holes: (0, 2), Goal: (3, 0). Your answer: right"""
 RULES = """You cross a frozen lake, seen from above. Reach the goal without stepping into a hole.
 The map shows P for you, O for a hole, G for the goal and _ for safe ice.
 Each turn, move one cell: left, down, right or up. """
 
 
 class FrozenLake(TextEnv):
+    action_pattern, action_help = "|".join(ACTIONS), "Say left, down, right or up."
     evaluation_kwargs = {"format_penalty": 0.0}
     held_out = False
 
@@ -36,7 +39,7 @@ class FrozenLake(TextEnv):
         self.max_turns, self.format_penalty = max_turns, format_penalty
         self.coordinates, self.author_text, self.tagged = coordinates, author_text, tagged
         self.instructions = RULES + ("Write your move inside <action> and </action>." if tagged
-                                     else "Answer with that one word only.")
+                                     else "Answer with that one word only." + EXAMPLE)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -61,7 +64,8 @@ class FrozenLake(TextEnv):
 
     def step(self, action: str):
         self.check_running()
-        word = parse_action(action, ACTIONS, self.tagged)
+        text = action if self.tagged else self.read(action)
+        word = parse_action(text, ACTIONS, self.tagged)
         invalid = word is None
         self.state, reward, terminated, _, _ = self.engine.step(ACTIONS.index(word or "left"))
         self.turn += 1
@@ -69,7 +73,7 @@ class FrozenLake(TextEnv):
         self.ended = terminated or truncated
         reward = float(reward)
         info = self.info(success=reward == 1.0, invalid_action=invalid)
-        feedback = "Unknown action, so you moved left.\n" if invalid else ""
+        feedback = f"Unknown action, so you moved left.{self.help()}\n" if invalid else ""
         reward -= self.format_penalty * invalid
         return feedback + self.observation(), reward, terminated, truncated, info
 
@@ -81,9 +85,10 @@ class FrozenLake(TextEnv):
         cells = "".join(self.desc).translate(str.maketrans("SFH", "__O"))
         cells = cells[: self.state] + "P" + cells[self.state + 1 :]
         rows = [cells[i : i + self.size] for i in range(0, self.size**2, self.size)]
-        if not (self.author_text or self.coordinates):
+        author_text = self.author_text or self.chat
+        if not (author_text or self.coordinates):
             return "\n".join(rows)
-        if self.author_text:
+        if author_text:
             rows = ["P player, O hole, G goal, _ ice", *(" ".join(row) for row in rows)]
         holes = [i for i, cell in enumerate("".join(self.desc)) if cell == "H"]
         return "\n".join([*rows, f"Player position: {self.position(self.state)}",

@@ -26,6 +26,7 @@ def parse_number(text: str) -> int | None:
 class GuessNumber(TextEnv):
     evaluation_kwargs = {"format_penalty": 0.0}
     answer_template = "{answer}"
+    action_pattern = "[0-9]{1,6}"
 
     def __init__(self, high: int = 1024, max_turns: int = 10, noise: float = 0.3,
                  format_penalty: float = 0.1, render_mode: str | None = None):
@@ -40,7 +41,8 @@ class GuessNumber(TextEnv):
                         for split in (False, True)}
         self.instructions = (
             f"Find a number from 1 to {high} in at most {max_turns} guesses. Write one number per "
-            "turn and nothing else. You are told whether the number is higher or lower.")
+            "turn and nothing else. You are told whether the number is higher or lower.\nExample: "
+            f"{high // 2}; you are told lower; {high // 4}; you are told higher; {high * 3 // 8}")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -57,7 +59,7 @@ class GuessNumber(TextEnv):
 
     def step(self, action: str):
         self.check_running()
-        guess = parse_number(action)
+        guess = parse_number(self.read(action))
         self.guesses += 1
         success = guess == self.number
         truncated = self.guesses >= self.max_turns and not success

@@ -38,7 +38,7 @@ def parse_answer(text: str) -> str | None:
 class RetryMath(TextEnv):
     evaluation_kwargs = {"format_penalty": 0.0}
     instructions = ("Solve the problem. Reply with <answer>number</answer>. If it is wrong you are "
-                    "asked again.")
+                    "asked again.\nExample: (7 * 8) mod 5 = ? Your answer: <answer>1</answer>")
     answer_template = "<answer>{answer}</answer>"
 
     def __init__(self, levels: str = "123", max_answers: int = 5, feedback: str = "unary",
@@ -97,7 +97,7 @@ class RetryMath(TextEnv):
 
     def step(self, action: str):
         self.check_running()
-        submitted = parse_answer(action)
+        submitted = parse_answer(self.read(action))
         self.answers.append(submitted)
         success = submitted == str(self.answer)
         self.ended = success or len(self.answers) >= self.max_answers
@@ -108,6 +108,12 @@ class RetryMath(TextEnv):
         if self.feedback == "unary-reward":
             text = f"Reward: {reward}\n{text}"
         return self.remind(text), reward, self.ended, False, self.info(submitted)
+
+    def read(self, text: str) -> str:
+        """Of a chat model also a number without tags: the last one."""
+        numbers = re.findall(r"-?[0-9]{1,6}", text, flags=re.ASCII)
+        bare = self.chat and numbers and "<answer>" not in text
+        return f"<answer>{numbers[-1]}</answer>" if bare else text
 
     def remind(self, text: str) -> str:
         if self.show_answers_left and not self.ended:

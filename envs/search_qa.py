@@ -27,13 +27,20 @@ REGIMES = {  # parts, fewest and most hops of a part; noise of the demonstrator:
 RULES = """You answer questions about people by searching facts, one relation at a time.
 "question Ada boss friend" asks: who is the friend of the boss of Ada? Parts are joined by "and".
 Each turn, write one line: "search NAME RELATION" finds one fact, such as search Ada boss;
-"answer NAME", with one name for every part, gives your answer and ends the game."""
+"answer NAME", with one name for every part, gives your answer and ends the game.
+Example: question Ada boss friend
+search Ada boss
+result Hugo
+search Hugo friend
+result Nils
+answer Nils"""
 
 
 class SearchQA(TextEnv):
     evaluation_kwargs = {"format_penalty": 0.0}
     answer_template = "answer {answer}"  # how the policy would write an answer
     instructions = RULES
+    action_help = "Write search NAME RELATION, or answer NAME."
 
     def __init__(self, regime: str = "middle", parts: int | None = None,
                  min_hops: int | None = None, max_hops: int | None = None,
@@ -84,19 +91,22 @@ class SearchQA(TextEnv):
                      for name, relation in zip(path, route, strict=False)]  # in the order asked
         self.question = "question " + " and ".join(
             " ".join([path[0], *route]) for path, route in zip(paths, routes, strict=True))
+        self.action_pattern = r"search \w+ \w+|answer" + r" \w+" * len(paths)
         self.known, self.turn, self.last, self.ended = 0, 0, None, False
 
     def step(self, action: str):
         self.check_running()
         self.turn += 1
-        verb, *words = action.split() or [""]
+        verb, *words = self.read(action).split() or [""]
         searching = (verb == "search" and len(words) == 2 and words[0] in self.names
                      and words[1] in self.relations)
         answering = (verb == "answer" and len(words) == len(self.paths)
                      and all(word in self.names for word in words))
         if not searching and not answering:
-            self.ended = True
-            return "Unknown action.", 0.0 - self.format_penalty, True, False, self.info("malformed")
+            late = self.turn >= len(self.hops) + self.extra_turns
+            self.ended = late or not self.chat  # a chat model may go on, until the last turn
+            return (f"Unknown action.{self.help()}", 0.0 - self.format_penalty, not self.chat,
+                    self.chat and late, self.info("malformed"))
         if answering:
             self.ended, success = True, words == [path[-1] for path in self.paths]
             return "", float(success), True, False, self.info("answer", success)
@@ -111,6 +121,12 @@ class SearchQA(TextEnv):
                 self.last = None  # the next part begins
         self.ended = self.turn >= len(self.hops) + self.extra_turns
         return f"result {result or 'none'}", 0.0, False, self.ended, self.info(kind)
+
+    def read(self, text: str) -> str:
+        """Names begin with a capital letter, as in the question."""
+        names = {name.lower(): name for name in self.names}
+        words = super().read(text).split()
+        return " ".join(names.get(word, word) for word in words) if self.chat else text
 
     def info(self, kind: str, success: bool = False) -> dict:
         return {"success": success, "invalid_action": kind == "malformed", "kind": kind,

@@ -23,6 +23,7 @@ Each turn, move one cell: up, down, left or right. """
 
 
 class Snake(TextEnv):
+    action_pattern, action_help = "|".join(MOVES), "Say up, down, left or right."
     evaluation_kwargs = {"format_penalty": 0.0, "step_reward": 0.0}
 
     def __init__(self, width: int = 5, height: int = 5, apples: int = 3, opponents: int = 1,
@@ -39,7 +40,8 @@ class Snake(TextEnv):
         self.step_reward, self.format_penalty = step_reward, format_penalty
         self.author_text, self.tagged = author_text, tagged
         self.instructions = RULES + ("Write your move inside <action> and </action>." if tagged
-                                     else "Answer with that one word only.")
+                                     else "Answer with that one word only.\nExample: your head "
+                                     "at (2, 2), an apple at (2, 4). Your answer: up")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -60,7 +62,8 @@ class Snake(TextEnv):
 
     def step(self, action: str):
         self.check_running()
-        word = parse_action(action, tuple(MOVES), self.tagged)
+        text = action if self.tagged else self.read(action)
+        word = parse_action(text, tuple(MOVES), self.tagged)
         invalid = word is None
         moves = {i: self.opponent_move(body) for i, body in self.snakes.items() if i > 0}
         eaten = self.move({0: word or "up", **moves})
@@ -73,7 +76,7 @@ class Snake(TextEnv):
         reward = self.apple_reward * eaten + self.step_reward + self.death_reward * (not alive)
         reward -= self.format_penalty * invalid
         info = self.info(success=alive and self.ended, invalid_action=invalid)
-        feedback = "Unknown action, so you moved up.\n" if invalid else ""
+        feedback = f"Unknown action, so you moved up.{self.help()}\n" if invalid else ""
         return feedback + self.observation(), reward, terminated, truncated, info
 
     def move(self, moves: dict[int, str]) -> int:
@@ -126,7 +129,7 @@ class Snake(TextEnv):
             signs |= dict.fromkeys(body[1:], "T") | {body[0]: "1" if i == 0 else "2"}
         rows = [[signs.get((x, y), "_") for x in range(self.width)]
                 for y in reversed(range(self.height))]
-        if not self.author_text:
+        if not (self.author_text or self.chat):
             return "\n".join(map("".join, rows))
         lines = [f"Board: {self.width} x {self.height}",
                  f"Apples (worth {self.apple_reward:g}): {self.apples}"]

@@ -28,10 +28,16 @@ class TextEnv(gym.Env):
     Beyond gymnasium: `instructions` are the rules for a pretrained model (its system message),
     `demonstrate(rng)`, if there is one, is the next action of a noisy scripted player (for the warm
     start), and `evaluation_kwargs` are the constructor arguments that differ in an evaluation.
+
+    `chat` says that a pretrained model plays: an action may stand inside other text, as
+    `action_pattern` describes it, and an unreadable answer is told the format, `action_help`. The
+    tiny model has learned the exact words and gets no such help.
     """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
     instructions = ""
+    chat = False
+    action_pattern = action_help = ""
     evaluation_kwargs: dict = {}
     # of the class, so that a copy of the environment need not copy them
     observation_space = gym.spaces.Text(2000, min_length=0, charset=CHARSET)
@@ -40,6 +46,22 @@ class TextEnv(gym.Env):
     def __init__(self, render_mode: str | None = None):
         self.render_mode = render_mode
         self.ended = True
+
+    def read(self, text: str) -> str:
+        """The first part of a chat model's answer that looks like an action, else all of it.
+
+        >>> env = TextEnv()
+        >>> env.chat, env.action_pattern = True, "left|right"
+        >>> env.read('I go **Left**, then right.')
+        'left'
+        """
+        if not (self.chat and self.action_pattern):
+            return text
+        found = re.search(rf"\b({self.action_pattern})\b", re.sub("[\"'`*]", "", text).lower())
+        return found[0] if found else text
+
+    def help(self) -> str:
+        return f" {self.action_help}" if self.chat else ""
 
     def check_running(self):
         if self.ended:

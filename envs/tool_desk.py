@@ -26,11 +26,15 @@ list: show the numbers of all orders
 find ITEM: show the number and status of the order of an item
 refund N, ship N, cancel N: prepare an action on order N
 confirm: carry out the action just prepared
-finish: end the work, when all is done"""
+finish: end the work, when all is done
+Example: pin 12: ship the rug. Your commands, one per turn: login 12, list, find rug, ship 34 (the
+number that find told), confirm, finish"""
 
 
 class ToolDesk(TextEnv):
     instructions = RULES
+    action_pattern = r"login \d+|list|find \w+|(refund|ship|cancel) \d+|confirm|finish"
+    action_help = ("write login N, list, find ITEM, refund N, ship N, cancel N, confirm or finish.")
 
     def __init__(self, num_orders: int = 3, num_requests: int = 1, max_turns: int | None = None,
                  noise: float = 0.3, render_mode: str | None = None):
@@ -69,7 +73,8 @@ class ToolDesk(TextEnv):
 
     def step(self, action: str):
         self.check_running()
-        self.actions.append(" ".join(action.lower().split()).removesuffix(".").rstrip())
+        words = self.read(action).lower().split()
+        self.actions.append(" ".join(words).removesuffix(".").rstrip())
         reply = self.reply(*self.actions[-1].split(" "))
         if not reply.endswith("say confirm."):
             self.pending = None
@@ -78,6 +83,7 @@ class ToolDesk(TextEnv):
         truncated = not self.closed and len(self.actions) >= self.max_turns
         self.ended = self.closed or truncated
         info = self.info(reply == "unknown command.")
+        reply += self.help() * info["invalid_action"]
         return reply, info["score"] if self.ended else 0.0, self.closed, truncated, info
 
     def reply(self, verb: str, *words: str) -> str:

@@ -46,7 +46,9 @@ class ToyText(TextEnv):
             engine.render_mode = "ansi"  # Blackjack has no text rendering
         self.engine, self.max_turns, self.format_penalty = engine, max_turns, format_penalty
         self.words, rules = GAMES[type(engine).__name__]
-        self.instructions = f"{rules} Answer with one word only: {', '.join(self.words)}."
+        self.instructions = (f"{rules} Answer with one word only: {', '.join(self.words)}.\n"
+                             f"Example: {self.words[-1]}")
+        self.action_pattern = "|".join(self.words)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -56,7 +58,7 @@ class ToyText(TextEnv):
 
     def step(self, action: str):
         self.check_running()
-        word = parse_action(action, self.words)
+        word = parse_action(self.read(action), self.words)
         invalid, reward, terminated = word is None, 0.0, False
         if not invalid:
             self.state, reward, terminated, _, _ = self.engine.step(self.words.index(word))

@@ -64,6 +64,7 @@ class GuessingGame(TextEnv):
         self.guesses = {self.guess_form.format(thing): thing for thing in self.table}
         texts = [*self.questions, *self.guesses, *self.refused]
         self.known = {text.lower(): text for text in texts}
+        self.action_help = f"Ask like this: {self.guess_form.format(next(iter(self.table)))}"
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -78,13 +79,19 @@ class GuessingGame(TextEnv):
     def step(self, action: str):
         self.check_running()
         self.asked += 1
-        text = self.known.get(" ".join(action.lower().split()))
-        reply = "Invalid question." if text is None else self.reply(text, self.answer)
+        text = self.known.get(self.read(action))
+        reply = self.reply(text, self.answer) if text else "Invalid question." + self.help()
         if text is not None:
             self.candidates = [c for c in self.candidates if self.reply(text, c) == reply]
         success = self.guesses.get(text) == self.answer
         self.ended = success or self.asked >= MAX_QUESTIONS
         return reply, 0.0 if success else -1.0, self.ended, False, self.info(success, text is None)
+
+    def read(self, text: str) -> str:
+        """In small letters, with single blanks; of a chat model the first question it holds."""
+        text = " ".join(text.lower().split())
+        held = [question for question in self.known if question in text]
+        return min(held, key=text.index, default=text) if self.chat else text
 
     def reply(self, text: str, thing: str) -> str:
         """What a question or guess gets if `thing` is meant."""
