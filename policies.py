@@ -33,9 +33,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from chat_format import TINY_TEMPLATE, ChatFormat, is_tiny
 from envs.episodes import Episode, Turn, attribute, checked_text, demonstrations
 from envs.text_env import EVALUATION_SEEDS
+from rollouts import make_envs, rollout
 from utils import (
-    DEMONSTRATE, RunArgs, all_reduce_sum, collate, make_envs, micro_batches, optimizer_step, quiet,
-    random_stream, rank, reason, rollout, stop, token_entropy, token_logprobs, world_size,
+    DEMONSTRATE, RunArgs, all_reduce_sum, collate, micro_batches, optimizer_step, quiet,
+    random_stream, rank, reason, stop, token_entropy, token_logprobs, world_size,
 )
 
 transformers.utils.logging.disable_progress_bar()

@@ -31,9 +31,10 @@ import transformers
 from envs.episodes import EnvironmentFault, Episode
 from chat_format import Opening
 from policies import Policy
+from rollouts import episode_metrics, evaluate, make_envs
 from utils import (
-    RunArgs, all_gather, all_reduce_sum, batch_logprobs, episode_metrics, evaluate, make_envs,
-    quiet, rank, reason, select_rows, stop, world_size,
+    RunArgs, all_gather, all_reduce_sum, batch_logprobs, quiet, rank, reason, select_rows, stop,
+    world_size,
 )
 
 MAY_CHANGE_ON_RESUME = {"resume", "num_iterations", "max_generated_tokens", "eval_only",

@@ -59,11 +59,11 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn
 from policies import Policy, load_policy, parse_args
+from rollouts import Decoder, collect_groups, make_envs, sample_answers
 from run_folder import Run
 from utils import (
-    DRAW, Decoder, RunArgs, all_reduce_sum, collate, collect_groups, gather_list, make_envs,
-    micro_batches, optimizer_step, over_processes, random_stream, rank, sample_answers, stop,
-    token_logprobs, world_size,
+    DRAW, RunArgs, all_reduce_sum, collate, gather_list, micro_batches, optimizer_step,
+    over_processes, random_stream, rank, stop, token_logprobs, world_size,
 )
 
 

@@ -49,10 +49,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode
 from policies import Policy, load_policy, parse_args
+from rollouts import collect_groups, groups_without_signal, make_envs
 from run_folder import Run
 from utils import (
-    RunArgs, all_gather, all_reduce_sum, collate, collect_groups, groups_without_signal, make_envs,
-    micro_batches, minibatches, optimizer_step, over_processes, stop, token_logprobs, turn_table,
+    RunArgs, all_gather, all_reduce_sum, collate, micro_batches, minibatches, optimizer_step,
+    over_processes, stop, token_logprobs, turn_table,
 )
 
 

@@ -41,11 +41,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from policies import Policy, load_policy, parse_args
+from rollouts import collect_groups, groups_without_signal, make_envs
 from run_folder import Run
 from utils import (
-    DRAW, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
-    groups_without_signal, make_envs, micro_batches, optimizer_step, over_processes, random_stream,
-    rank, stop, token_logprobs, turn_table,
+    DRAW, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, micro_batches,
+    optimizer_step, over_processes, random_stream, rank, stop, token_logprobs, turn_table,
 )
 
 

@@ -46,11 +46,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from policies import Policy, load_policy, parse_args
+from rollouts import collect_groups, make_envs
 from run_folder import Run
 from utils import (
-    DRAW, RunArgs, all_gather, all_reduce_sum, collate, collect_groups, make_envs, micro_batches,
-    optimizer_step, over_processes, random_stream, rank, select_rows, stop, token_logprobs,
-    turn_table, world_size,
+    DRAW, RunArgs, all_gather, all_reduce_sum, collate, micro_batches, optimizer_step,
+    over_processes, random_stream, rank, select_rows, stop, token_logprobs, turn_table, world_size,
 )
 
 

@@ -58,11 +58,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn, start_episodes
 from policies import Policy, load_policy, parse_args
+from rollouts import collect_groups, make_envs, refresh_logprobs, rollout
 from run_folder import Run
 from utils import (
-    DRAW, SAMPLE, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, collect_groups,
-    expand_to_tokens, make_envs, micro_batches, minibatches, optimizer_step, over_processes,
-    random_stream, rank, refresh_logprobs, rollout, stop, token_logprobs, turn_table,
+    DRAW, SAMPLE, RunArgs, all_gather, all_reduce_sum, batch_logprobs, collate, expand_to_tokens,
+    micro_batches, minibatches, optimizer_step, over_processes, random_stream, rank, stop,
+    token_logprobs, turn_table,
 )
 
 

@@ -46,11 +46,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn, attribute
 from policies import Policy, load_policy, parse_args
+from rollouts import collect_groups, evaluate, groups_without_signal, make_envs
 from run_folder import Run
 from utils import (
-    RunArgs, all_reduce_sum, collate, collect_groups, evaluate, gather_list, groups_without_signal,
-    make_envs, micro_batches, minibatches, optimizer_step, over_processes, stop, token_logprobs,
-    turn_table,
+    RunArgs, all_reduce_sum, collate, gather_list, micro_batches, minibatches, optimizer_step,
+    over_processes, stop, token_logprobs, turn_table,
 )
 
 

@@ -22,7 +22,8 @@ from conftest import KeepGradient
 from envs.episodes import Episode, Turn
 from envs.twenty_questions import TwentyQuestions
 from policies import Policy, load_policy, make_tiny
-from utils import micro_batches, sample_tokens
+from rollouts import sample_tokens
+from utils import micro_batches
 
 CPU = torch.device("cpu")
 WHOLE = 10**6  # tokens: all rows are one micro-batch

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from envs import make_env, text_env
-from utils import RunArgs, make_envs
+from rollouts import make_envs
+from utils import RunArgs
 
 SAID = {  # id: what a chat model may write -> what the game hears
     "turnrl/FrozenLake-v0": {"I will go **Right**, then down.": "right", "Down!": "down", "upwards": None},

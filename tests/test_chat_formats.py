@@ -13,7 +13,8 @@ from algos import archer, st_ppo
 from conftest import CHATML, ROOT, Script, byte_tokenizer, random_model, streams
 from envs.episodes import Turn
 from policies import Policy, load_policy
-from utils import RunArgs, collate, rollout, token_logprobs
+from rollouts import rollout
+from utils import RunArgs, collate, token_logprobs
 
 LAKE = "turnrl/FrozenLake-v0"
 
@@ -114,7 +115,7 @@ def test_a_sampled_end_is_trained_a_forced_one_is_not_and_the_rest_of_the_markup
     tokenizer = tokenizer_of(form)
     policy = Policy(random_model("llama", len(tokenizer)), tokenizer, "cpu", "Play well.")
     a = policy.encode("a")[0]
-    monkeypatch.setattr("utils.sample_tokens", Script(policy, [[a, policy.end_id, a, a, a, a]]))
+    monkeypatch.setattr("rollouts.sample_tokens", Script(policy, [[a, policy.end_id, a, a, a, a]]))
     envs, [episode] = started(LAKE, [1])
     policy.max_turn_tokens = 2
     rollout(policy, envs, [episode], streams(1), max_turns=3, temperature=1.0)

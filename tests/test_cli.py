@@ -111,7 +111,7 @@ def test_every_flag_is_read_somewhere_and_explained_in_help(script, capsys):
         tyro.cli(module.Args, args=["--help"], description=module.__doc__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert end.value.code == 0 and "Eq. 1" in text, "the equations that the flags name"
-    sources = [(ROOT / path).read_text() for path in (f"algos/{script}.py", "utils.py", "policies.py", "run_folder.py")]
+    sources = [(ROOT / path).read_text() for path in (f"algos/{script}.py", "utils.py", "rollouts.py", "policies.py", "run_folder.py")]
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
             used.add(node.attr)
@@ -124,9 +124,9 @@ def test_every_flag_is_read_somewhere_and_explained_in_help(script, capsys):
 
 
 def test_a_short_run_from_a_clean_checkout(tmp_path):
-    """Only what a student would copy: the script, utils.py, policies.py, chat_format.py, run_folder.py and envs/."""
-    for name in ("utils.py", "policies.py", "chat_format.py", "run_folder.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """Only what a student would copy: the script, the files beside algos/, and envs/."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
     for name in ("envs", "algos"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     flags = command(**(QUICK | {"print_samples": 1, "warm_start_steps": 60, "run_dir": tmp_path / "runs"}))[2:]

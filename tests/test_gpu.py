@@ -9,7 +9,8 @@ import torch
 from algos import igpo
 from conftest import ROOT, random_policy, streams
 from policies import Policy
-from utils import collate, collect_groups, make_envs, rollout, token_logprobs
+from rollouts import collect_groups, make_envs, rollout
+from utils import collate, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -18,7 +18,8 @@ from algos.igpo import (
 from conftest import CHATML, KeepGradient, byte_tokenizer, random_model, streams
 from envs.episodes import Turn, start_episodes
 from policies import Policy, make_tiny
-from utils import collate, collect_groups, make_envs, micro_batches, rollout, token_logprobs, turn_table
+from rollouts import collect_groups, make_envs, rollout
+from utils import collate, micro_batches, token_logprobs, turn_table
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,8 @@ from algos.ms_grpo import group_relative_advantages, kl_policy_ref_k3, policy_lo
 from conftest import KeepGradient, streams
 from envs.episodes import Episode, Turn, start_episodes
 from policies import Policy
-from utils import collate, make_envs, micro_batches, rollout, turn_table
+from rollouts import make_envs, rollout
+from utils import collate, micro_batches, turn_table
 
 # --- advantages relative to a group ----------------------------------------------------------------
 def relative(scores, group=None, correction=1):

@@ -11,7 +11,8 @@ from algos import ms_grpo
 from algos.ms_grpo import Args, draw_episodes, turn_advantages, update
 from conftest import KeepGradient
 from policies import Policy, load_policy
-from utils import DRAW, batch_logprobs, collate, collect_groups, make_envs, random_stream, token_logprobs
+from rollouts import collect_groups, make_envs
+from utils import DRAW, batch_logprobs, collate, random_stream, token_logprobs
 
 WORDS = {"env_id": "words:tests/Words-v0", "warm_start_steps": 5, "max_turns": 4, "max_turn_tokens": 3}
 

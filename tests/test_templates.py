@@ -18,7 +18,8 @@ from chat_format import plain_tokenizer
 from policies import Policy, load_policy, tiny_folder
 from run_folder import Run
 from test_chat_formats import FORMATS, Format, history
-from utils import RunArgs, collate, evaluate, make_envs, rollout
+from rollouts import evaluate, make_envs, rollout
+from utils import RunArgs, collate
 from words import Words
 
 IM = ["<|im_start|>", "<|im_end|>"]
@@ -112,7 +113,7 @@ def test_what_stands_between_the_tags_is_not_acted_on(template, said, heard):
 def test_a_thought_is_trained_and_stays_in_the_history(monkeypatch):
     policy, said = policy_of(THINKING), "<think>up?</think>left"
     ids = policy.encode(said)
-    monkeypatch.setattr("utils.sample_tokens", Script(policy, [[*ids, policy.end_id] * 2]))
+    monkeypatch.setattr("rollouts.sample_tokens", Script(policy, [[*ids, policy.end_id] * 2]))
     policy.max_turn_tokens, env = 40, Words(max_turns=2)
     env.reset(seed=1)
     [episode] = rollout(policy, [env], [Episode(1, "start")], streams(1), 2, 1.0)
@@ -128,7 +129,7 @@ def test_a_turn_ends_at_any_declared_stop_token(monkeypatch):
     policy = policy_of(FORMATS["llama3"].template, specials, "<|eot|>", ends=["<|end_of_text|>", "<|eom|>", "<|eot|>"])
     eot, eom, a = policy.end_id, policy.tokenizer.convert_tokens_to_ids("<|eom|>"), policy.encode("a")[0]
     assert policy.tokenizer.decode(eot) == "<|eot|>" and len(policy.end_ids) == 3
-    monkeypatch.setattr("utils.sample_tokens", Script(policy, [[a, eot] * 2, [a, eom] * 2, [a] * 6]))
+    monkeypatch.setattr("rollouts.sample_tokens", Script(policy, [[a, eot] * 2, [a, eom] * 2, [a] * 6]))
     envs = [Words(max_turns=2) for _ in range(3)]
     for env in envs:
         env.reset(seed=3)

@@ -15,7 +15,8 @@ from algos.tree_grpo import (
 )
 from conftest import KeepGradient
 from envs.episodes import Episode, Turn
-from utils import collate, make_envs, micro_batches, token_logprobs
+from rollouts import make_envs
+from utils import collate, micro_batches, token_logprobs
 from words import Words
 
 

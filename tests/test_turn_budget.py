@@ -18,7 +18,8 @@ from envs.episodes import Episode, Turn, demonstrations, start_episodes
 from envs.text_env import TextEnv
 from envs.think_search import ThinkSearch
 from policies import make_tiny
-from utils import RunArgs, collate, micro_batches, refresh_logprobs, rollout, token_logprobs
+from rollouts import refresh_logprobs, rollout
+from utils import RunArgs, collate, micro_batches, token_logprobs
 from words import Words
 
 CPU = torch.device("cpu")
@@ -330,7 +331,7 @@ def test_how_many_of_four_hops_a_context_allows(searcher, monkeypatch, passes, f
         for n in range(len(rows)) if active is None else active:
             logits[n, next_token(policy.tokenizer.decode(rows[n]))] = 1000.0
         return logits
-    monkeypatch.setattr("utils.Decoder.feed", feed)
+    monkeypatch.setattr("rollouts.Decoder.feed", feed)
     policy = budget_policy(searcher, **{"context_limit": 80, "max_turns": 4} | flags)
     played = play(policy, [ThinkSearch() for _ in range(5)], list(range(5)))
     assert [(e.info["right_hops"], len(e.turns)) for e in played] == [(hops, turns)] * 5

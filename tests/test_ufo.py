@@ -22,8 +22,9 @@ from algos.ufo import (
 from conftest import KeepGradient, streams
 from envs import make_env
 from envs.episodes import Episode, Turn, start_episodes
+from rollouts import collect_groups, episode_metrics, rollout
 from run_folder import Run
-from utils import collate, collect_groups, episode_metrics, micro_batches, rollout, token_logprobs
+from utils import collate, micro_batches, token_logprobs
 
 INF = math.inf
 FIVE = ["1", "2", "3", "4", "5"]

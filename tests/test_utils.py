@@ -13,10 +13,13 @@ import torch
 from conftest import Script, byte_tokenizer, random_model, random_policy, streams
 from envs.episodes import Episode, Turn, start_episodes
 from policies import Policy
+from rollouts import (
+    WORTH_SHARING, Decoder, GrowingLayer, collect_groups, episode_metrics, evaluate, groups_without_signal,
+    make_envs, rollout, sample_answers, sample_tokens,
+)
 from utils import (
-    Decoder, GrowingLayer, RunArgs, batch_logprobs, collate, collect_groups, episode_metrics, evaluate,
-    expand_to_tokens, groups_without_signal, make_envs, micro_batches, minibatches, over_processes, random_stream,
-    rollout, sample_answers, sample_tokens, select_rows, token_entropy, token_logprobs, turn_table,
+    RunArgs, batch_logprobs, collate, expand_to_tokens, micro_batches, minibatches, over_processes,
+    random_stream, select_rows, token_entropy, token_logprobs, turn_table,
 )
 
 LAKE, WORDS = "turnrl/FrozenLake-v0", "words:tests/Words-v0"
@@ -111,6 +114,34 @@ def test_the_decoder_gives_the_logits_of_a_full_pass_and_feeds_only_what_is_new(
                 assert (logits[n] - policy.model(torch.tensor([rows[n]])).logits[0, -1]).abs().max() < 1e-4
         assert widths[-1] == most or (policy.windowed and most > 1 and widths[-1] == max(map(len, rows)))
     assert (max(widths[1:]) > 40) == policy.windowed == (kind in ("mistral", "lfm2"))
+
+
+@pytest.mark.parametrize("kind,shared", [("llama", 20), ("qwen3", 20), ("llama", 15), ("mistral", 20)])
+def test_what_all_rows_begin_with_is_read_once(kind, shared, monkeypatch):
+    """The first pass has one row of it, the second the rest of all rows; a row that is nothing else keeps its last token."""
+    policy, rng, shapes = random_policy(kind), np.random.default_rng(0), []
+    forward = policy.forward
+    monkeypatch.setattr(policy, "forward", lambda ids, **more: shapes.append(tuple(ids.shape)) or forward(ids, **more))
+    first = rng.integers(200, size=shared + 1).tolist()
+    rows = [first, first + [3, 4, 5], [*first[:-1], 7]]
+    decoder = Decoder(policy, 3)
+    once = kind != "mistral" and shared >= WORTH_SHARING
+    for turn in range(3):
+        with torch.no_grad():
+            logits = decoder.feed(rows)
+            for row, found in zip(rows, logits, strict=True):
+                assert (found - policy.model(torch.tensor([row])).logits[0, -1]).abs().max() < 1e-4
+        if turn == 0:
+            assert shapes == ([(1, shared), (3, 4)] if once else [(3, shared + 4)])
+            decoder.keep([0, 2])
+            rows = [rows[0], rows[2]]
+            if not policy.windowed:
+                assert decoder.fed == [shared + 1, shared + 1]
+        rows = [row + rng.integers(200, size=turn + 2).tolist() for row in rows] if turn else [rows[0] + [9], rows[1] + [8, 8]]
+    assert once == ((1, shared) in shapes)
+    with torch.no_grad():
+        logits = Decoder(policy, 3).feed([first, [1, 2, 3], first], [0, 2])[[0, 2]]
+        assert (logits - policy.model(torch.tensor([first])).logits[0, -1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -209,7 +240,7 @@ def test_the_mask_covers_exactly_the_sampled_tokens(tiny_policy, started, monkey
     """
     [left] = tiny_policy.encode("left")
     end = tiny_policy.end_id
-    monkeypatch.setattr("utils.sample_tokens", Script(tiny_policy, [[left, end, left, left]]))
+    monkeypatch.setattr("rollouts.sample_tokens", Script(tiny_policy, [[left, end, left, left]]))
     [episode] = play(tiny_policy, started, seeds=[1], max_turns=3, cap=2)
     batch = collate([episode], CPU)
     observation = tiny_policy.encode(episode.turns[0].observation)
@@ -229,7 +260,7 @@ def test_forced_tokens_stand_in_the_answer_and_are_not_trained(chat_policy, monk
 
     row 0: prompt 5 6, put in 70, sampled 9, put in 71 72, sampled 9 (the cap counts all five)
     """
-    monkeypatch.setattr("utils.sample_tokens", Script(chat_policy, [[9], [9], [9]]))
+    monkeypatch.setattr("rollouts.sample_tokens", Script(chat_policy, [[9], [9], [9]]))
     rows, turns, end = [[5, 6], [5], [5, 6, 7]], [Turn("", "", [5, 6]), Turn("", "", [5]), Turn("", "", [5, 6, 7])], chat_policy.end_id
     forces = [lambda ids: {0: [70], 2: [71, 72]}.get(len(ids), []), lambda ids: [end] if ids == [9, 9] else [], lambda ids: []]
     sample_answers(Decoder(chat_policy, 3), rows, turns, [5, 7, 4], torch.zeros(3, 7), 1.0, forces)
@@ -243,7 +274,7 @@ def test_forced_tokens_stand_in_the_answer_and_are_not_trained(chat_policy, monk
 def test_a_sampled_end_of_turn_is_trained_even_if_padding_is_the_same_token(chat_policy, started, monkeypatch):
     end = chat_policy.end_id
     assert chat_policy.tokenizer.pad_token_id == end
-    monkeypatch.setattr("utils.sample_tokens", Script(chat_policy, [[9, end], [end, 9], [9, 9]]))
+    monkeypatch.setattr("rollouts.sample_tokens", Script(chat_policy, [[9, end], [end, 9], [9, 9]]))
     episodes = play(chat_policy, started, seeds=[1, 2, 3], cap=2, max_turns=1)
     assert [e.turns[0].token_ids for e in episodes] == [[9, end], [end], [9, 9]]
     batch = collate(episodes, CPU)

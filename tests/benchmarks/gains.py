@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos.igpo import Args, beliefs_before_turns, information_gain
 from policies import load_policy
-from utils import collect_groups, make_envs, turn_table
+from rollouts import collect_groups, make_envs
+from utils import turn_table
 
 
 @dataclasses.dataclass

@@ -23,7 +23,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from envs.episodes import Turn
 from policies import Policy, load_policy, make_tiny
-from utils import Decoder, RunArgs, micro_batches, optimizer_step, sample_answers, token_logprobs
+from rollouts import Decoder, sample_answers
+from utils import RunArgs, micro_batches, optimizer_step, token_logprobs
 
 PROMPT, ANSWER, ROW = 256, 64, 512
 

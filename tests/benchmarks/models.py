@@ -32,7 +32,8 @@ import policies
 from conftest import CHATML, ROOT, byte_tokenizer
 from envs.episodes import Episode
 from policies import Policy
-from utils import RunArgs, batch_logprobs, collate, random_stream, rollout, select_rows, token_logprobs
+from rollouts import rollout
+from utils import RunArgs, batch_logprobs, collate, random_stream, select_rows, token_logprobs
 
 LIMIT = 1e-2  # nats, as in the self-check
 GIVEN_CONTEXT = 2000  # where the config says none

@@ -24,7 +24,8 @@ from algos.ufo import Args
 from envs.episodes import demonstrations, start_episodes
 from envs.text_env import EVALUATION_SEEDS
 from policies import load_policy
-from utils import make_envs, random_stream, rollout
+from rollouts import make_envs, rollout
+from utils import random_stream
 
 PROBLEMS, SAMPLES, ANSWERS, BENCHMARK = 256, 32, 5, 99
 

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from envs.episodes import Turn, start_episodes
 from envs.text_env import TextEnv
 from policies import Policy, make_tiny
-from utils import RunArgs, random_stream, rollout
+from rollouts import rollout
+from utils import RunArgs, random_stream
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--threads", type=int, default=2)
