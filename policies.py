@@ -305,8 +305,7 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
         policy.limit_context(args.context_length)
         if not tiny:
             self_check(policy)
-        policy.bf16 = not tiny and (args.device.startswith("cuda") or args.device == "cpu" and
-                                    torch.cpu._is_avx512_bf16_supported())
+        policy.bf16 = not tiny and fast_bf16(args.device)
         if args.gradient_checkpointing:
             checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
                                  model.gradient_checkpointing_enable)
@@ -325,6 +324,12 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
     if not tiny and cloning_steps(args):
         imitate(policy, args, env, rules)
     return policy
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether passes in bf16 are worth it: on CUDA, and on a CPU with instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.startswith("cuda") or supported()
 
 
 class Rehearsal(gym.Env):

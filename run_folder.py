@@ -382,7 +382,7 @@ class Run:
                                 f"{episode.transcript()}\n")
             tqdm.tqdm.write(f"iteration {iteration:4d}  success {metrics['success']:.3f}  return "
                             f"{metrics['return']:+.3f}  {self.rows[-1]['seconds']:.0f} s")
-            unreadable = metrics["invalid_actions"]
+            unreadable = metrics.get("invalid_actions", 0.0)
             if iteration == 0 and unreadable > 0.5:
                 print(f"warning: {unreadable:.0%} of the answers are unreadable, so little can be "
                       "learned (--warm-start-steps 20 first imitates a scripted player)",

@@ -12,6 +12,7 @@ import transformers
 from algos import archer, st_ppo
 from conftest import CHATML, ROOT, Script, byte_tokenizer, random_model, streams
 from envs.episodes import Turn
+import policies
 from policies import Policy, load_policy
 from rollouts import rollout
 from utils import RunArgs, collate, token_logprobs
@@ -131,7 +132,8 @@ def test_a_sampled_end_is_trained_a_forced_one_is_not_and_the_rest_of_the_markup
 
 def test_a_bf16_folder_is_loaded_in_fp32_with_the_rules_as_its_opening(form, folder):
     policy = load_policy(RunArgs(model=folder))
-    assert all(p.dtype == torch.float32 for p in policy.model.parameters()) and not policy.bf16
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+    assert policy.bf16 == policies.fast_bf16("cpu")
     head = policy.tokenizer.decode(policy.head.ids)  # "hole" is a word of Frozen Lake's instructions
     assert "hole" in head + policy.head.text and ("system" in head) == (form.system and form is not FORMATS["mistral"])
 

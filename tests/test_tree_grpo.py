@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import algos.tree_grpo as script
-import utils
+import rollouts
 from algos.tree_grpo import (
     Args, entropy_threshold, first_copies, fork_episode, fork_points, grow_trees, main, number_nodes,
     policy_loss, tree_advantages, tree_metrics, update,
@@ -233,7 +233,7 @@ def test_forks_are_drawn_uniformly_over_the_turns(tiny_policy, monkeypatch):
 
 def test_every_chain_and_every_branch_draws_its_own_numbers(tiny_policy, monkeypatch):
     states, original = [], script.rollout
-    for module in (script, utils):
+    for module in (script, rollouts):
         monkeypatch.setattr(module, "rollout", lambda policy, envs, episodes, rngs, *args: (
             states.extend(rng.bit_generator.state["state"]["state"] for rng in rngs),
             original(policy, envs, episodes, rngs, *args))[1])
@@ -244,7 +244,7 @@ def test_every_chain_and_every_branch_draws_its_own_numbers(tiny_policy, monkeyp
 
 def test_a_second_process_grows_the_trees_that_follow(grown, monkeypatch):
     policy, trees = grown
-    for module in (script, utils):
+    for module in (script, rollouts):
         monkeypatch.setattr(module, "rank", lambda: 1)
     half = grow_trees(policy, make_envs(words(), 3), words(), 0)
     assert [leaf.transcript() for t in half for leaf in t] == [leaf.transcript() for t in trees[3:] for leaf in t]

@@ -269,7 +269,7 @@ def judge(name: str) -> dict[str, str]:
         except SystemExit:
             row["reason"] = printed.getvalue().strip().splitlines()[-1].partition("cannot be used: ")[2]
             return row
-        slow = policy.windowed
+        slow, policy.bf16 = policy.windowed, False
         try:
             with contextlib.redirect_stdout(said):
                 policies.self_check(policy)
