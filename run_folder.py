@@ -384,8 +384,9 @@ class Run:
                             f"{metrics['return']:+.3f}  {self.rows[-1]['seconds']:.0f} s")
             unreadable = metrics.get("invalid_actions", 0.0)
             if iteration == 0 and unreadable > 0.5:
+                steps = 2 * (self.args.warm_start_steps or 10)
                 print(f"warning: {unreadable:.0%} of the answers are unreadable, so little can be "
-                      "learned (--warm-start-steps 20 first imitates a scripted player)",
+                      f"learned (--warm-start-steps {steps} first imitates a scripted player)",
                       file=sys.stderr)
 
     def write(self, metrics: dict[str, float]):
