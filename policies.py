@@ -307,9 +307,9 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
             self_check(policy)
         policy.bf16 = not tiny and fast_bf16(args.device)
         if args.gradient_checkpointing:
-            checkpoint = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
-                                 model.gradient_checkpointing_enable)
-            checkpoint({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
+                             model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
     except Exception as error:  # transformers, safetensors and jinja each have their own
         stop(f"--model {args.model} cannot be used: {reason(error)}")
     if args.gradient_checkpointing:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # === 1. Rollouts =================================================================================
-WORTH_SHARING = 16  # tokens
+WORTH_SHARING = 16  # tokens; fewer are not worth a pass of their own
 
 
 class GrowingLayer(DynamicLayer):

@@ -50,7 +50,7 @@ class RunArgs:
     learning_rate: float = 3e-4  # of AdamW, constant
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     micro_batch_tokens: int = 4096  # tokens per forward pass of an update: memory, not results
-    warm_start_steps: int | None = None  # of behaviour cloning before training; a chat model: 0
+    warm_start_steps: int | None = None  # behaviour cloning steps at first; with a chat model 0
     warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
     eval_every: int = 10  # iterations between evaluations on held-out seeds

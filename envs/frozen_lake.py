@@ -73,7 +73,8 @@ class FrozenLake(TextEnv):
         self.ended = terminated or truncated
         reward = float(reward)
         info = self.info(success=reward == 1.0, invalid_action=invalid)
-        feedback = f"Unknown action, so you moved left.{self.help()}\n" if invalid else ""
+        form = "" if self.tagged else self.help()
+        feedback = f"Unknown action, so you moved left.{form}\n" if invalid else ""
         reward -= self.format_penalty * invalid
         return feedback + self.observation(), reward, terminated, truncated, info
 

@@ -76,7 +76,8 @@ class Snake(TextEnv):
         reward = self.apple_reward * eaten + self.step_reward + self.death_reward * (not alive)
         reward -= self.format_penalty * invalid
         info = self.info(success=alive and self.ended, invalid_action=invalid)
-        feedback = f"Unknown action, so you moved up.{self.help()}\n" if invalid else ""
+        form = "" if self.tagged else self.help()
+        feedback = f"Unknown action, so you moved up.{form}\n" if invalid else ""
         return feedback + self.observation(), reward, terminated, truncated, info
 
     def move(self, moves: dict[int, str]) -> int:

@@ -271,7 +271,7 @@ def ufo_credit(b: Batches) -> Tensor:
     return of_episodes(ufo.group_relative_advantages(scores, b.group), b)
 
 
-def outcomes(b: Batches) -> Tensor:
+def outcome_scores(b: Batches) -> Tensor:
     """What is left of the rewards of an episode when gains of belief stand for the price. (E,)"""
     return b.rewards.sum(1) - b.gains.sum(1) * b.game.price_is_gain
 
@@ -279,13 +279,13 @@ def outcomes(b: Batches) -> Tensor:
 def igpo_credit(b: Batches, source: str, price_is_reward: bool = False) -> Tensor:
     beliefs = b.gains.cumsum(1) - b.gains  # before every turn
     gains = igpo.information_gain(beliefs, b.mask)
-    scores = b.rewards.sum(1) if price_is_reward else outcomes(b)
+    scores = b.rewards.sum(1) if price_is_reward else outcome_scores(b)
     rewards = igpo.turn_rewards(gains, scores, b.mask, b.group, source)
     return igpo.turn_returns(rewards, b.mask, igpo.Args().discount)
 
 
 def gains_and_outcome(b: Batches) -> Tensor:
-    return torch.where(b.last, outcomes(b)[:, None], b.gains)
+    return torch.where(b.last, outcome_scores(b)[:, None], b.gains)
 
 
 def joint_credit(b: Batches) -> Tensor:

@@ -51,6 +51,13 @@ def test_an_unreadable_answer_is_told_the_format(env_id, form):
     assert form in observation and info["invalid_action"] and not terminated and not truncated
 
 
+def test_a_model_that_must_use_tags_is_not_told_to_say_a_bare_word():
+    for env_id in ("turnrl/FrozenLake-v0", "turnrl/Snake-v0"):
+        env = make_env(env_id, chat=True, tagged=True)
+        env.reset(seed=1)
+        assert "Say" not in env.step("right")[0]
+
+
 def test_a_search_goes_on_after_an_unreadable_answer_until_its_last_turn():
     env, ends = game("turnrl/SearchQA-v0", True)[0], []
     turns = env.unwrapped.extra_turns + len(env.unwrapped.hops)

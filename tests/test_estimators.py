@@ -191,6 +191,22 @@ def test_the_table_names_what_a_rule_learns():
         assert learns[rule] == ("ask", "stop asking", "ask")
 
 
+def test_what_the_text_of_the_page_says():
+    """Its numbers that stand outside the tables."""
+    rows = {(row["game"], row["rule"]): row for row in report.read(ROOT / "results/estimators.csv") if row["in_the_script"] == "1"}
+    said = {("two questions", "IGPO", "gradient_1"): (-0.052, 3), ("two questions", "gains and outcome, one z-score", "cosine"): (-0.85, 2),
+            ("rare success", "IGPO", "cosine"): (0.80, 2), ("rare success", "IGPO", "episodes_for_signal"): (5, 0),
+            ("rare success", "ST-PPO", "episodes_for_signal"): (10, 0), ("rare success", "ArCHer", "episodes_for_signal"): (21, 0),
+            ("noise first", "MS-GRPO, sampling all", "episodes_for_signal"): (11, 0),
+            ("noise first", "MS-GRPO, all, credit return_to_go", "episodes_for_signal"): (6, 0)}
+    for (game, rule, column), (value, digits) in said.items():
+        assert round(float(rows[game, rule][column]), digits) == value, (game, rule)
+    for rule in RULES:  # "centred" is right in all games with questions
+        if rule == "gains and outcome, centred":
+            assert all(float(rows[game, rule]["cosine"]) > 0.99 for game in ("asking pays", "asking costs", "asking helps", "two questions"))
+    assert {rule for rule in RULES if 45 < float(rows["rare success", rule]["episodes_for_signal"]) < 60} >= {"UFO", "IGPO, outcome", "SeeUPO"}
+
+
 def test_every_script_has_a_rule_with_the_mean_of_its_loss():
     assert {rule.script for rule in RULES.values()} - {""} == set(report.ALGORITHMS)
     assert {rule.mean for rule in RULES.values()} <= set(MEANS)

@@ -1,5 +1,6 @@
 """GiGPO: returns by hand, a slow loop from the paper, limits in which it is another rule, a run's credit."""
 
+import itertools
 import statistics
 
 import numpy as np
@@ -143,6 +144,23 @@ def test_a_run_credits_and_logs_what_the_paper_says(flags, tmp_path, monkeypatch
     assert len(chosen) and found == pytest.approx(values, abs=1e-5)
     pairs = [(i // 4, name) for i, row in enumerate(names) for name in row]
     assert logged[0]["anchored_turns"] == pytest.approx(np.mean([pairs.count(pair) > 1 for pair in pairs]))
+
+
+@pytest.mark.parametrize("size,turns,random,blind", [(4, 8, 0.007, 0.53), (6, 16, 0.001, 0.18)])
+def test_what_players_without_eyes_solve(size, turns, random, blind):
+    """The floors that docs/gigpo.md and docs/envs.md name: random moves, and the best walk of fixed moves to the goal."""
+    env, rng, wins, maps = FrozenLake(size=size, max_turns=turns), np.random.default_rng(0), 0, []
+    for seed in range(3000):
+        env.reset(seed=2**30 + seed)
+        maps.append(np.array([list(row) for row in env.desc]) == "H")
+        while not env.ended:
+            wins += env.step(("left", "down", "right", "up")[rng.integers(4)])[4]["success"]
+    steps = 2 * (size - 1)
+    walks = [np.cumsum([[int(i in downs), int(i not in downs)] for i in range(steps)], 0).T
+             for downs in itertools.combinations(range(steps), size - 1)]
+    holes = np.array(maps)
+    solved = max(1 - holes[:, rows, columns].any(1).mean() for rows, columns in walks)
+    assert abs(wins / 3000 - random) < 0.003 and abs(solved - blind) < 0.02
 
 
 def test_on_frozen_lake_the_observation_is_the_state():

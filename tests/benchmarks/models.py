@@ -253,7 +253,7 @@ def judge(name: str) -> dict[str, str]:
     """
     printed, said = io.StringIO(), io.StringIO()
     row = dict.fromkeys(("model", "model_type", "layers", "context", "verdict", "difference", "self_check",
-                         "self_difference", "agree", "influence", "gradient", "reason"), "")
+                         "self_difference", "agree", "influence", "gradient", "logits", "reason"), "")
     row |= {"model": name, "model_type": name.split()[0], "verdict": "refused", "self_check": "refused",
             "layers": next(kind for kind, models in MODELS.items() if name in models)}
     tokenizer = byte_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
@@ -270,6 +270,7 @@ def judge(name: str) -> dict[str, str]:
             row["reason"] = printed.getvalue().strip().splitlines()[-1].partition("cannot be used: ")[2]
             return row
         slow, policy.bf16 = policy.windowed, False
+        row["logits"] = "all at once" if policy.whole else "in parts"
         try:
             with contextlib.redirect_stdout(said):
                 policies.self_check(policy)
