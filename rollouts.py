@@ -85,7 +85,7 @@ class Decoder:
         if self.policy.windowed and any(len(rows[n]) - self.fed[n] != 1 for n in active):
             self.clear(len(rows))
             active = list(range(len(rows)))
-        self.read_shared(rows, active)
+        self.read_shared(rows)
         new: list[list[int]] = [[] for _ in rows]
         for n in active:
             new[n], self.fed[n] = rows[n][self.fed[n]:], len(rows[n])
@@ -98,10 +98,9 @@ class Decoder:
                                    position_ids=positions, cache=self.cache,
                                    logits_to_keep=1)[:, -1]
 
-    def read_shared(self, rows: list[list[int]], active: list[int]):
+    def read_shared(self, rows: list[list[int]]):
         """Read once what all rows begin with, such as the rules of the game, and copy the cache."""
-        begun = self.mask.shape[1] > 0 or len(active) < len(rows)
-        if begun or len(rows) < 2 or self.policy.windowed:  # a window wants rows without holes
+        if self.mask.shape[1] or len(rows) < 2 or self.policy.windowed:  # which wants no holes
             return
         shared = os.path.commonprefix([row[:-1] for row in rows])  # it takes lists, too
         if len(shared) < WORTH_SHARING:

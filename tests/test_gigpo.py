@@ -121,7 +121,7 @@ def test_two_episodes_that_part_at_the_second_turn():
     assert found.tolist() == [[1.0, 1.0, 0.5], [-1.0, -1.0, 0.0]]
 
 
-@pytest.mark.parametrize("flags", [{}, {"anchors": "none", "scale": "none", "discount": 1.0}, {"history_turns": None}])
+@pytest.mark.parametrize("flags", [{}, {"anchors": "none", "scale": "none", "discount": 1.0}, {"history_turns": None}, {"num_minibatches": 2}])
 def test_a_run_credits_and_logs_what_the_paper_says(flags, tmp_path, monkeypatch):
     """Every token of the updates carries the slow loop's advantage; the share of turns with a partner is counted."""
     seen, batches, logged = [], [], []
@@ -131,17 +131,18 @@ def test_a_run_credits_and_logs_what_the_paper_says(flags, tmp_path, monkeypatch
         policy, optimizer, batch, args))
     log = gigpo.Run.log
     monkeypatch.setattr(gigpo.Run, "log", lambda self, *x, **metrics: logged.append(metrics) or log(self, *x, **metrics))
-    args = Args(run_dir=str(tmp_path), num_iterations=1, num_prompts=3, group_size=4, num_minibatches=1, eval_episodes=2,
-                warm_start_steps=60, tiny_init_std=0.1, print_samples=0, env_kwargs='{"size": 3}', **flags)
+    args = Args(**{"run_dir": str(tmp_path), "num_iterations": 1, "num_prompts": 3, "group_size": 4, "num_minibatches": 1,
+                   "eval_episodes": 2, "warm_start_steps": 60, "print_samples": 0, "env_kwargs": '{"size": 3}'} | flags)
     main(args)
-    [episodes], [batch] = seen, batches
+    [episodes] = seen
     names = [[turn.observation if args.anchors == "observation" else "" for turn in e.turns] for e in episodes]
     rewards = [[turn.reward for turn in e.turns] for e in episodes]
     expected = slow(rewards, names, 4, args.discount, args.step_weight, args.scale)
-    chosen = [i for i in range(12) if any(any(x for x in expected[j]) for j in range(i // 4 * 4, i // 4 * 4 + 4))]
-    values = [x for i in (range(12)) for k, x in enumerate(expected[i]) for _ in range(episodes[i].turns[k].num_sampled)]
-    found = batch["advantages"][batch["turn_id"] >= 0].tolist()
-    assert len(chosen) and found == pytest.approx(values, abs=1e-5)
+    parts = [[i for i in range(12) if i // 4 % args.num_minibatches == part] for part in range(args.num_minibatches)]
+    assert len(batches) == len(parts), "each has something to learn from"
+    for batch, part in zip(batches, parts, strict=True):
+        values = [x for i in part for k, x in enumerate(expected[i]) for _ in range(episodes[i].turns[k].num_sampled)]
+        assert batch["advantages"][batch["turn_id"] >= 0].tolist() == pytest.approx(values, abs=1e-5) and any(values)
     pairs = [(i // 4, name) for i, row in enumerate(names) for name in row]
     assert logged[0]["anchored_turns"] == pytest.approx(np.mean([pairs.count(pair) > 1 for pair in pairs]))
 

@@ -61,6 +61,16 @@ def test_a_warm_start_is_made_once_for_a_model_a_game_and_its_settings(tmp_path,
     assert len(made) == 6
 
 
+def test_the_warm_start_shows_what_the_policy_will_see(tmp_path, chat_folder, monkeypatch):
+    """The rules of the game, the arguments of the template, the context."""
+    made = []
+    monkeypatch.setattr(policies, "warm_start", lambda policy, *more: made.append(policy))
+    policy = load_policy(warm(tmp_path, chat_folder, env_id="turnrl/FrozenLake-v0", template_kwargs='{"mode": 1}', context_length=900))
+    [plain] = made
+    assert "hole" in plain.tokenizer.decode(plain.head.ids) and plain.head == policy.head
+    assert (plain.template_kwargs, plain.context_length, plain.history_turns) == ({"mode": 1}, 900, None)
+
+
 def test_a_game_without_demonstrations_says_what_to_do(tmp_path, chat_folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         load_policy(warm(tmp_path, chat_folder, env_id="words:tests/Faulty-v0"))
