@@ -217,7 +217,7 @@ def make_envs(args: RunArgs, count: int | None = None, evaluation: bool = False)
     """Environments as the flags say, by default one for every training episode of this process."""
     count = args.num_prompts * args.group_size // world_size() if count is None else count
     try:
-        kwargs = {"chat": not is_tiny(args.model)} | json.loads(args.env_kwargs)
+        kwargs = {"chat": not is_tiny(args.model), **json.loads(args.env_kwargs)}
         return [make_env(args.env_id, evaluation, **kwargs) for _ in range(count)]
     except (Exception, SystemExit) as error:  # a constructor may raise anything
         unknown = isinstance(error, (gym.error.UnregisteredEnv, ModuleNotFoundError))

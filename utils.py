@@ -36,7 +36,7 @@ class RunArgs:
     seed: int = 1  # seed of everything random in the run: model, instances, sampling
     env_id: str = "turnrl/FrozenLake-v0"  # gymnasium id; module:Id-v0 imports the module first
     env_kwargs: str = "{}"  # arguments of the environment as JSON, e.g. '{"max_turns": 15}'
-    model: str = "tiny"  # or a folder or hub id of a chat model (its defaults: --model X --help)
+    model: str = "tiny"  # tiny, or a folder or hub id of a chat model (with defaults of its own)
     template_kwargs: str = "{}"  # of its chat template as JSON, e.g. '{"enable_thinking": false}'
     context_length: int | None = None  # most tokens of a row; default: what the model's config says
     device: str = "cpu"  # torch device: cpu, cuda, cuda:1
@@ -50,7 +50,7 @@ class RunArgs:
     learning_rate: float = 3e-4  # of AdamW, constant
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     micro_batch_tokens: int = 4096  # tokens per forward pass of an update: memory, not results
-    warm_start_steps: int | None = None  # behaviour cloning steps at first; with a chat model 0
+    warm_start_steps: int | None = None  # of imitation before training; with a chat model 0
     warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
     eval_every: int = 10  # iterations between evaluations on held-out seeds
