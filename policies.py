@@ -79,6 +79,7 @@ class Policy(ChatFormat):
 
     history_turns: int | None = None
     max_turn_tokens = 8
+    worth_sharing = 64  # tokens that all rows begin with; fewer are not worth a pass of their own
     warned = False  # of an observation that is too long
     whole = False  # whether its output layer cannot be run apart from what stands before it
 
@@ -206,17 +207,37 @@ class Policy(ChatFormat):
             return self.model(tokens, use_cache=cache is not None, **kwargs).logits.float()
 
     def trunk(self, tokens: Tensor) -> transformers.utils.ModelOutput:
-        """What the layers before the output layer make of rows of tokens (B, T)."""
+        """What the layers before the output layer make of rows of tokens (B, T).
+
+        What all rows begin with, such as the rules of the game, is read once. Its gradient is the
+        sum over the rows, as if each had read it.
+        """
         if self.whole:
             return transformers.modeling_outputs.BaseModelOutput(self.forward(tokens))
         caught = []
         hook = self.model.get_decoder().register_forward_hook(
             lambda module, args, output: caught.append(output))
         try:
-            self.forward(tokens, logits_to_keep=1)
+            with self.autocast():  # around both passes: it keeps the weights that it has rounded
+                cache, shared = None, self.shared(tokens)
+                if shared:
+                    cache = transformers.DynamicCache(config=self.model.config)
+                    self.forward(tokens[:1, :shared], cache, logits_to_keep=1)
+                    cache.batch_repeat_interleave(len(tokens))
+                self.forward(tokens[:, shared:], cache, logits_to_keep=1)
         finally:
             hook.remove()
+        parts = [x.last_hidden_state.expand(len(tokens), -1, -1) for x in caught]
+        caught[-1].last_hidden_state = torch.cat(parts, dim=1)
         return caught[-1]
+
+    def shared(self, tokens: Tensor) -> int:
+        """How many tokens at the beginning of all rows (B, T) are read once; 0: not worth it."""
+        if self.windowed or self.checkpointed or len(tokens) < 2:
+            return 0
+        equal = (tokens[:, :-1] == tokens[:1, :-1]).all(0)
+        length = int(equal.cumprod(0).sum())
+        return length if length >= self.worth_sharing else 0
 
     def logits(self, output: transformers.utils.ModelOutput, hidden: Tensor) -> Tensor:
         """The logits (B, N, V) of some of the trunk's last hidden states (B, N, D), in fp32.
@@ -377,6 +398,7 @@ def self_check(policy: Policy):
     plain = Policy(policy.model, policy.tokenizer, policy.device,  # of no special kind, in fp32
                    template_kwargs=policy.template_kwargs)
     plain.max_turn_tokens, plain.context_length = 4, policy.context_length
+    plain.worth_sharing = 1  # the head of the template
     difference, how = largest_difference(plain), ""
     if not difference < 1e-2 and not plain.windowed:  # perhaps it cannot live with holes
         plain.windowed = policy.windowed = True

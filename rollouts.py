@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 
 # === 1. Rollouts =================================================================================
-WORTH_SHARING = 16  # tokens; fewer are not worth a pass of their own
-
-
 class GrowingLayer(DynamicLayer):
     """A cache layer with room to grow: a new token is written, what is there is not copied."""
 
@@ -103,7 +100,7 @@ class Decoder:
         if self.mask.shape[1] or len(rows) < 2 or self.policy.windowed:  # which wants no holes
             return
         shared = os.path.commonprefix([row[:-1] for row in rows])  # it takes lists, too
-        if len(shared) < WORTH_SHARING:
+        if len(shared) < self.policy.worth_sharing:
             return
         ids = torch.tensor([shared], device=self.mask.device)
         ones = torch.ones_like(ids)

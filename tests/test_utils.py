@@ -14,7 +14,7 @@ from conftest import Script, byte_tokenizer, random_model, random_policy, stream
 from envs.episodes import Episode, Turn, start_episodes
 from policies import Policy
 from rollouts import (
-    WORTH_SHARING, Decoder, GrowingLayer, collect_groups, episode_metrics, evaluate, groups_without_signal,
+    Decoder, GrowingLayer, collect_groups, episode_metrics, evaluate, groups_without_signal,
     make_envs, rollout, sample_answers, sample_tokens,
 )
 from utils import (
@@ -121,7 +121,7 @@ def test_what_all_rows_begin_with_is_read_once(kind, shared, monkeypatch):
     """The first pass reads it in one row, the second the rest of all rows. Not if it is short or the model
     has a window. A row that is nothing else keeps its last token for the second pass; a row may be read on later."""
     policy, rng, shapes = random_policy(kind), np.random.default_rng(0), []
-    forward = policy.forward
+    forward, policy.worth_sharing = policy.forward, 16
     monkeypatch.setattr(policy, "forward", lambda ids, **more: shapes.append(tuple(ids.shape)) or forward(ids, **more))
 
     def feed(decoder, rows, active):
@@ -133,7 +133,7 @@ def test_what_all_rows_begin_with_is_read_once(kind, shared, monkeypatch):
     first = rng.integers(200, size=shared + 1).tolist()
     rows, decoder = [first, [*first, 3, 4, 5], [*first, 7]], Decoder(policy, 3)
     feed(decoder, rows, [0, 1, 2])
-    once = kind != "mistral" and shared >= WORTH_SHARING
+    once = kind != "mistral" and shared >= 16
     assert shapes == ([(1, shared), (3, 4)] if once else [(3, shared + 4)])
     decoder.keep([0, 2])
     rows = [[*rows[0], 9], [*rows[2], 8, 8]]
@@ -141,6 +141,39 @@ def test_what_all_rows_begin_with_is_read_once(kind, shared, monkeypatch):
     decoder = Decoder(policy, 3)
     feed(decoder, [first, [*first, 4], [*first, 5, 6]], [0, 2])
     feed(decoder, [[*first, 8], [*first, 4], [*first, 5, 6, 7]], [0, 1, 2])
+
+
+@pytest.mark.parametrize("kind,least,once", [
+    ("llama", 20, True), ("qwen3", 20, True), ("llama", 21, False), ("mistral", 20, False),
+    ("llama checkpointed", 20, False)])
+def test_an_update_reads_once_what_all_rows_begin_with(kind, least, once, monkeypatch):
+    """Log-probs, entropies and gradients are those of rows that are read one by one. The answers begin
+    alike, too (two sampled tokens of the 20); the third row is nothing else but its last token."""
+    policy, rng, shapes = random_policy(kind.split()[0]), np.random.default_rng(0), []
+    policy.worth_sharing, policy.checkpointed = least, policy.model.model.layers if "checkpointed" in kind else []
+    first, ends = rng.integers(1, 200, size=20).tolist(), ([3, 4, 5, 6], [7, 8], [9])
+    batch = collate([Episode(0, "", [Turn("", "", first[:18], True, first[18:] + end, [0.0] * (2 + len(end)))])
+                     for end in ends], policy.device)
+
+    def passes(batches):
+        policy.model.zero_grad()
+        found = []
+        for part in batches:
+            logprobs, entropy = token_logprobs(policy, part, 0.7)
+            (logprobs * (1 + part["turn_id"]) + entropy.square()).sum().backward()
+            found += [(a[m], b[m]) for a, b, m in zip(logprobs, entropy, part["turn_id"] >= 0, strict=True)]
+        return found, [p.grad.clone() for p in policy.model.parameters()]
+
+    alone, alone_grads = passes([select_rows(batch, [n]) for n in range(3)])
+    forward = policy.model.forward
+    monkeypatch.setattr(policy.model, "forward",
+                        lambda ids, **more: shapes.append(tuple(ids.shape)) or forward(ids, **more))
+    together, grads = passes([batch])
+    assert shapes == [*([(1, 20), (3, 4)] if once else [(3, 24)]), (1, 13)]  # at last the 13 sampled tokens' logits
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(alone_grads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
