@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -16,8 +17,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -81,6 +84,7 @@ class Policy(ChatFormat):
     max_turn_tokens = 8
     worth_sharing = 64  # tokens that all rows begin with; fewer are not worth a pass of their own
     warned = False  # of an observation that is too long
+    adapters = None  # with --lora-rank: a peft.PeftModel around the model
     whole = False  # whether its output layer cannot be run apart from what stands before it
 
     def __init__(self, model, tokenizer, device: str, instructions: str = "", bf16: bool = False,
@@ -278,8 +282,24 @@ class Policy(ChatFormat):
         return torch.cat(chosen), torch.cat(entropy)
 
     def save(self, folder: Path):
-        self.model.save_pretrained(folder)
+        """The tokenizer and the weights: those of the adapters (--lora-rank), or all."""
+        (self.adapters or self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path):
+        """The weights of a folder that save() wrote."""
+        if self.adapters:
+            import peft
+            peft.set_peft_model_state_dict(self.adapters, peft.load_peft_weights(folder, "cpu"))
+        else:
+            model = type(self.model).from_pretrained(folder, dtype=torch.float32)
+            self.model.load_state_dict(model.state_dict())
+
+
+def twin(part: Any) -> Any:
+    """A copy of a policy or a network. It shares the weights that are not trained (--lora-rank)."""
+    network = part.model if isinstance(part, Policy) else part
+    return copy.deepcopy(part, {id(p): p for p in network.parameters() if not p.requires_grad})
 
 
 # === 2. Loading a model, and a check of it =======================================================
@@ -287,8 +307,12 @@ def parse_args(kind: type[RunArgs], description: str) -> RunArgs:
     """The flags of the command line; a chat model as --model has kind.chat_defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", nargs="?", default="tiny")
-    model = parser.parse_known_args()[0].model or "tiny"
-    changes = {} if is_tiny(model) else kind.chat_defaults
+    parser.add_argument("--lora-rank", nargs="?")
+    flags = parser.parse_known_args()[0]
+    model = flags.model or "tiny"
+    changes = {} if is_tiny(model) else dict(kind.chat_defaults)
+    if changes and flags.lora_rank:  # adapters take ten times the rate of all weights
+        changes |= {name: 10 * value for name, value in changes.items() if "learning_rate" in name}
     steps = kind.tiny_steps if model == "tiny" else 0
     return tyro.cli(kind, description=description, default=kind(
         **changes, warm_start_steps=steps))
@@ -303,6 +327,8 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
     tiny, folder, env = args.model == "tiny", args.model, env or make_envs(args, 1)[0]
     if not tiny and not Path(folder).is_dir() and (folder.count("/") != 1 or folder[0] in "./~"):
         stop(f"--model {folder}: no such folder, and not a hub id (owner/name) either")
+    if args.lora_rank and not importlib.util.find_spec("peft"):
+        stop("--lora-rank needs peft: pip install peft")
     if tiny:
         folder = tiny_folder(args, env, history_turns)
     try:
@@ -317,16 +343,15 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
         stop(f"--template-kwargs {args.template_kwargs}: this is not a JSON object")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"its folder lacks {len(missing)} weights, such as {missing[0]}")
+        model = load_weights(folder)
         rules = "" if tokenizer.chat_template == TINY_TEMPLATE else rules  # it has not read them
         policy = kind(model, tokenizer, args.device, rules, template_kwargs=template_kwargs)
         policy.limit_context(args.context_length)
         if not tiny:
             self_check(policy)
         policy.bf16 = not tiny and fast_bf16(args.device)
+        if args.lora_rank:
+            policy.adapters = add_adapters(model, args.lora_rank, args.seed)
         if args.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable",  # its name since 5.2x
                              model.gradient_checkpointing_enable)
@@ -345,6 +370,44 @@ def load_policy(args: RunArgs, history_turns: int | None = None, env: gym.Env | 
     if not tiny and cloning_steps(args):
         imitate(policy, args, env, rules)
     return policy
+
+
+@contextlib.contextmanager
+def peft_without_warnings() -> Iterator[Any]:
+    """The package, whose warnings are about names in transformers and not for the user."""
+    import peft
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield peft
+
+
+def load_weights(folder: str):
+    """A model in fp32; adapters, which a run with --lora-rank saves, are added to their base."""
+    adapters = Path(folder) / "adapter_config.json"
+    if adapters.is_file():
+        base = load_weights(json.loads(adapters.read_text())["base_model_name_or_path"])
+        with peft_without_warnings() as peft:
+            model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+        model.requires_grad_(True)
+    else:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"its folder lacks {len(missing)} weights, such as {missing[0]}")
+    model.name_or_path = str(Path(folder).resolve()) if Path(folder).is_dir() else folder
+    return model
+
+
+def add_adapters(model, rank: int, seed: int) -> Any:
+    """Freeze all weights. Beside each linear layer but the last, train a product of two matrices.
+
+    W x becomes W x + 2 B (A x) with A (rank, inputs) and B (outputs, rank), which begins at 0.
+    LoRA: Hu et al., arXiv 2106.09685v2, Section 4.1, with alpha = 2 rank.
+    """
+    torch.manual_seed(seed)
+    with peft_without_warnings() as peft:
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        return peft.get_peft_model(model, config)  # which changes the model itself
 
 
 def fast_bf16(device: str) -> bool:
@@ -499,6 +562,7 @@ def imitate(policy: Policy, args: RunArgs, env: gym.Env, rules: str):
     plain = Policy(policy.model, policy.tokenizer, policy.device, rules, policy.bf16,
                    policy.template_kwargs)  # of no special kind
     plain.history_turns, plain.checkpointed = policy.history_turns, policy.checkpointed
+    plain.adapters = policy.adapters
     plain.context_length, plain.windowed = policy.context_length, policy.windowed
     episodes, weights = play_demonstrations(args, env), hashlib.sha256()
     for x in policy.model.state_dict().values():
@@ -506,9 +570,8 @@ def imitate(policy: Policy, args: RunArgs, env: gym.Env, rules: str):
     folder = cached_folder(args, episodes, [
         plain.history_turns, WARM_START_ROWS_PRETRAINED, plain.bf16, weights.hexdigest(),
         plain.tokenizer.backend_tokenizer.to_str(), plain.tokenizer.chat_template, plain.head,
-        plain.template_kwargs], lambda: plain)
-    model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
-    policy.model.load_state_dict(model.state_dict())
+        plain.template_kwargs, args.lora_rank], lambda: plain)
+    policy.load(folder)
 
 
 def check_lengths(episodes: list[Episode], env_id: str):

@@ -249,8 +249,7 @@ class Run:
             folder = self.folder / "checkpoint.old"
         try:
             saved = torch.load(folder / "trainer_state.pt", "cpu", weights_only=True)
-            model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
-            policy.model.load_state_dict(model.state_dict())
+            policy.load(folder)
             policy.head = Opening(*saved["head"])  # its template may print today's date
             for name, target in state.items():
                 if isinstance(target, list):

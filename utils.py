@@ -38,6 +38,7 @@ class RunArgs:
     env_kwargs: str = "{}"  # arguments of the environment as JSON, e.g. '{"max_turns": 15}'
     model: str = "tiny"  # tiny, or a folder or hub id of a chat model (with defaults of its own)
     template_kwargs: str = "{}"  # of its chat template as JSON, e.g. '{"enable_thinking": false}'
+    lora_rank: int | None = None  # train adapters of this rank (needs peft), not all weights
     context_length: int | None = None  # most tokens of a row; default: what the model's config says
     device: str = "cpu"  # torch device: cpu, cuda, cuda:1
     num_iterations: int = 100  # iterations of: collect episodes, update

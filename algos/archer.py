@@ -42,7 +42,6 @@ Deviations and choices
 """
 
 # === 1. Imports ==================================================================================
-import copy
 import dataclasses
 import math
 import os
@@ -58,7 +57,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from envs.episodes import Episode, Turn
-from policies import Policy, load_policy, parse_args
+from policies import Policy, load_policy, parse_args, twin
 from rollouts import Decoder, collect_groups, make_envs, sample_answers
 from run_folder import Run
 from utils import (
@@ -186,7 +185,7 @@ class TurnCritic(torch.nn.Module):
 
     def __init__(self, policy: Policy, num_critics: int, num_layers: int = 2):
         super().__init__()
-        self.trunk = copy.deepcopy(policy.model.base_model)
+        self.trunk = twin(policy.model.base_model)
         self.trunk.layers = self.trunk.layers[:num_layers]
         self.device, self.bf16 = policy.device, policy.bf16
         size = policy.model.get_output_embeddings().in_features  # D, what the trunk gives out
@@ -352,7 +351,7 @@ def main(args: Args) -> dict[str, float]:
             stop(f"--model {args.model}: its layers are not where ArCHer looks for its critic's")
         torch.manual_seed(args.seed)  # of the heads
         critic = TurnCritic(policy, args.num_critics)
-        target = copy.deepcopy(critic)
+        target = twin(critic)
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
                                              weight_decay=0)

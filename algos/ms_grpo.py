@@ -27,7 +27,6 @@ Deviations and choices
 """
 
 # === 1. Imports ==================================================================================
-import copy
 import dataclasses
 import os
 import sys
@@ -40,7 +39,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from policies import Policy, load_policy, parse_args
+from policies import Policy, load_policy, parse_args, twin
 from rollouts import collect_groups, groups_without_signal, make_envs
 from run_folder import Run
 from utils import (
@@ -193,7 +192,7 @@ def main(args: Args) -> dict[str, float]:
     with Run(args, "ms_grpo") as run:
         envs, policy = make_envs(args), load_policy(args, args.history_turns)
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
-        reference = copy.deepcopy(policy) if args.kl_coefficient else None
+        reference = twin(policy) if args.kl_coefficient else None
         num_drawn = args.episodes_per_update or args.num_prompts * args.group_size // 2
 
         for iteration in run.iterations(policy, optimizer=optimizer):

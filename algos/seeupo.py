@@ -44,7 +44,6 @@ Deviations and choices
 """
 
 # === 1. Imports ==================================================================================
-import copy
 import dataclasses
 import os
 import sys
@@ -57,7 +56,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from policies import Policy, load_policy, parse_args
+from policies import Policy, load_policy, parse_args, twin
 from rollouts import collect_groups, groups_without_signal, make_envs
 from run_folder import Run
 from utils import (
@@ -252,7 +251,7 @@ def main(args: Args) -> dict[str, float]:
     with Run(args, "seeupo") as run:
         envs, policy = make_envs(args), load_policy(args)
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
-        reference, bound = copy.deepcopy(policy), 0.2 if args.released else None
+        reference, bound = twin(policy), 0.2 if args.released else None
 
         for iteration in run.iterations(policy, optimizer=optimizer):
             # 1. collect num_prompts groups of group_size episodes

@@ -33,7 +33,6 @@ Deviations and choices
 """
 
 # === 1. Imports ==================================================================================
-import copy
 import dataclasses
 import os
 import sys
@@ -45,7 +44,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
-from policies import Policy, load_policy, parse_args
+from policies import Policy, load_policy, parse_args, twin
 from rollouts import collect_groups, make_envs
 from run_folder import Run
 from utils import (
@@ -201,7 +200,7 @@ class Critic(torch.nn.Module):
 
     def __init__(self, policy: Policy):
         super().__init__()
-        self.policy, self.trunk = policy, copy.deepcopy(policy.model.base_model)
+        self.policy, self.trunk = policy, twin(policy.model.base_model)
         width = policy.model.get_output_embeddings().in_features  # D, what the trunk gives out
         self.head = torch.nn.Linear(width, 1, device=policy.device)
         torch.nn.init.zeros_(self.head.weight)
