@@ -34,7 +34,7 @@ Deviations and choices
     D6  Two optimizer steps per batch (paper: one). A step without any signal is skipped.
     D7  --reward-source outcome is GRPO; it and information_gain are the paper's ablations.
 
-    python algos/igpo.py        about 2 minutes on 2 CPU cores
+    python algos/igpo.py        about 1.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

@@ -40,7 +40,7 @@ Deviations and choices
     D5  s is the summed reward of any environment. Eq. 1 is made for s from 0 to 1.
     D6  Episodes are sampled at temperature 1 (code: 0.9).
 
-    python algos/seeupo.py        about 2 minutes on 2 CPU cores
+    python algos/seeupo.py        about 1.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

@@ -29,7 +29,7 @@ Deviations and choices
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
     D4  mean_t, in a minibatch: over the tokens of an episode, then over episodes; Eq. 9: over all.
 
-    python algos/st_ppo.py        about 2 minutes on 2 CPU cores
+    python algos/st_ppo.py        about 1.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

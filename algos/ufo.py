@@ -30,7 +30,7 @@ Deviations and choices
         from 1.
     D6  Two optimizer steps per iteration (code: four). A step without any signal is skipped.
 
-    python algos/ufo.py        about 3 minutes on 2 CPU cores
+    python algos/ufo.py        about 2 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

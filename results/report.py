@@ -590,6 +590,79 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
+def spread(values: list[float]) -> str:
+    """One number, or the mean of several and their range.
+
+    >>> spread([0.5]), spread([0.5, 0.7, 0.6])
+    ('0.50', '0.60 (0.50 to 0.70)')
+    """
+    mean = f"{np.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+def pretrained_table() -> str:
+    """results/pretrained.csv, made by tests/benchmarks/pretrained.py: a row per script and game."""
+    rows = read(ROOT / "results/pretrained.csv")
+    lines = ["| run | script | game | imitation steps | seeds | success, start | end | "
+             "unreadable, start | end | minutes |", "|---" * 10 + "|"]
+    for run in dict.fromkeys(row["run"] for row in rows):
+        mine = [row for row in rows if row["run"] == run]
+
+        def cell(name: str, mine=mine) -> str:
+            return spread([float(row[name]) for row in mine])
+        minutes = spread([float(row["seconds"]) / 60 for row in mine])
+        lines.append("| " + " | ".join([
+            f"`{run}`", mine[0]["script"], mine[0]["game"].replace("_", " "),
+            mine[0]["warm_start_steps"], str(len(mine)), cell("success_start"),
+            cell("success_end"), cell("unreadable_start"), cell("unreadable_end"), minutes]) + " |")
+    return "\n".join(lines)
+
+
+def pretrained_figure(path: Path):
+    """Success of every seed of every run over its training time, a panel per game."""
+    rows = read(ROOT / "results/pretrained_curves.csv")
+    games = {row["run"]: row["game"] for row in read(ROOT / "results/pretrained.csv")}
+    names = list(dict.fromkeys(games.values()))
+    figure = Figure((4.2 * len(names), 3.4), layout="constrained")
+    for axis, game in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
+        for color, run in enumerate(name for name in games if games[name] == game):
+            mine = [row for row in rows if row["run"] == run]
+            for n, seed in enumerate(dict.fromkeys(row["seed"] for row in mine)):
+                points = [row for row in mine if row["seed"] == seed]
+                axis.plot([float(row["seconds"]) / 60 for row in points],
+                          [float(row["eval_success"]) for row in points], f"C{color}.-",
+                          label="" if n else run)
+        axis.set(title=game.replace("_", " "), xlabel="minutes", ylabel="success", ylim=(0, 1))
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def starts_table() -> str:
+    """results/chat_starts.csv: legal answers and success after 0, 10 and 30 steps of imitation."""
+    rows = read(ROOT / "results/chat_starts.csv")
+    steps = list(dict.fromkeys(row["steps"] for row in rows))
+    lines = ["| game | " + " | ".join(f"legal, {n} steps" for n in steps) + " | "
+             + " | ".join(f"success, {n} steps" for n in steps) + " |",
+             "|---" * (1 + 2 * len(steps)) + "|"]
+    for game in dict.fromkeys(row["game"] for row in rows):
+        cells = {row["steps"]: row for row in rows if row["game"] == game}
+        lines.append(f"| {game.replace('_', ' ')} | " + " | ".join(
+            f"{float(cells[n][name]):.2f}" if n in cells else ""
+            for name in ("legal", "success") for n in steps) + " |")
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """results/memory.csv, made by tests/benchmarks/memory.py."""
+    lines = ["| what is trained | million weights | --gradient-checkpointing | peak, GB |",
+             "|---" * 4 + "|"]
+    for row in read(ROOT / "results/memory.csv"):
+        what = f"adapters of rank {row['rank']}" if row["rank"] else "all weights"
+        lines.append(f"| {what} | {int(row['trained']) / 1e6:.1f} | {row['checkpointing']} | "
+                     f"{int(row['peak_mebibytes']) * 2**20 / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
@@ -609,6 +682,10 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
+    replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
+    replace_block(ROOT / "docs/pretrained.md", "starts", starts_table())
+    replace_block(ROOT / "docs/pretrained.md", "memory", memory_table())
+    pretrained_figure(ROOT / "docs/figures/pretrained.png")
     credit.draw(ROOT / "docs/figures/credit.png")
     collect(runs, "cross")
     replace_block(ROOT / "README.md", "first run", first_run())

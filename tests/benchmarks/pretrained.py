@@ -1,0 +1,122 @@
+"""A pretrained chat model, trained by the scripts on two CPU cores.
+
+    python tests/benchmarks/pretrained.py FOLDER            the runs of RUNS, one after the other
+    python tests/benchmarks/pretrained.py FOLDER name ..    only runs whose name begins like that
+    python tests/benchmarks/pretrained.py FOLDER --starts   before and after 10 and 30 steps of imitation
+
+FOLDER holds the model, such as SmolLM2-135M-Instruct. A run that is finished is not made again, and
+one that was stopped goes on from its last checkpoint. Writes results/pretrained.csv, its curves and a
+transcript of both ends, or with --starts results/chat_starts.csv (about 40 minutes).
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GAMES = {  # what is played, and how long an answer may be
+    "frozen_lake": ["--env-id", "turnrl/FrozenLake-v0", "--max-turn-tokens", "8"],
+    "search": ["--env-id", "turnrl/SearchQA-v0", "--env-kwargs", '{"regime": "easy"}',
+               "--max-turn-tokens", "16"],
+    "tool_desk": ["--env-id", "turnrl/ToolDesk-v0", "--max-turn-tokens", "12"],
+    "guess_number": ["--env-id", "turnrl/GuessNumber-v0", "--max-turns", "10",
+                     "--max-turn-tokens", "8"],
+    "retry_maths": ["--env-id", "turnrl/RetryMath-v0", "--max-turns", "5",
+                    "--max-turn-tokens", "24"],
+    "twenty_questions": ["--env-id", "turnrl/TwentyQuestions-v0", "--max-turns", "20",
+                         "--max-turn-tokens", "16"],
+    "snake": ["--env-id", "turnrl/Snake-v0", "--max-turn-tokens", "8"],
+}
+GRPO = ["--history-turns", "None", "--sampling", "all"]  # of ms_grpo.py: a growing row, no draw
+SEARCH = ["--warm-start-steps", "40", "--num-iterations", "24", "--eval-every", "8",
+          "--learning-rate", "2e-5"]
+RUNS = {  # name: script, game, flags, seeds
+    "search_ms_grpo": ("ms_grpo", "search", [*GRPO, *SEARCH], (1, 2, 3)),
+}
+
+
+def train(script: str, folder: Path, flags: list[str]) -> Path:
+    """The run folder of a script in `folder`: finished, continued or new."""
+    more = ["--run-dir", str(folder)]
+    for run in folder.glob("*__*"):
+        if (run / "summary.json").exists():
+            return run
+        if (run / "checkpoint").exists():
+            more = ["--resume", str(run)]
+    print(f"=== {folder.name}", flush=True)
+    subprocess.run([sys.executable, ROOT / f"algos/{script}.py", *flags, *more], check=True)
+    return next(run for run in folder.glob("*__*") if (run / "summary.json").exists())
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict]):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def starts(model: str, runs: Path):
+    rows = []
+    for game, flags in GAMES.items():
+        for steps in (0, 10, 30):
+            run = train("ms_grpo", runs / f"start_{game}-{steps}", [
+                "--model", model, *flags, "--history-turns", "None", "--warm-start-steps",
+                str(steps), "--eval-only"])
+            [end] = read(run / "metrics.csv")
+            rows.append({"game": game, "steps": steps, "episodes": 64,
+                         "legal": f"{1 - float(end['eval_invalid_actions']):.3f}",
+                         "success": f"{float(end['eval_success']):.3f}",
+                         "return": f"{float(end['eval_return']):.3f}",
+                         "seconds": f"{float(end['seconds']):.0f}", "cores": os.cpu_count()})
+            write(ROOT / "results/chat_starts.csv", rows)
+
+
+def runs(model: str, folder: Path, names: list[str]):
+    tables: dict[str, list] = {"pretrained": [], "pretrained_curves": [], "pretrained_samples": []}
+    for name, (script, game, flags, seeds) in RUNS.items():
+        for seed in seeds if name.startswith(tuple(names) or "") else ():
+            run = train(script, folder / f"{name}-{seed}", [
+                "--model", model, *GAMES[game], *flags, "--seed", str(seed)])
+            key = {"run": name, "seed": seed}
+            summary, record = (json.loads((run / file).read_text())
+                               for file in ("summary.json", "args.json"))
+            evals = [row for row in read(run / "metrics.csv") if row["eval_success"]]
+            tables["pretrained"].append({
+                **key, "script": script, "game": game,
+                "warm_start_steps": record["args"]["warm_start_steps"], **summary,
+                "unreadable_start": evals[0]["eval_invalid_actions"],
+                "unreadable_end": evals[-1]["eval_invalid_actions"],
+                "cores": os.cpu_count(), "commit": record["versions"]["commit"][:10]})
+            tables["pretrained_curves"] += [
+                {**key, **{column: row[column] or 0 for column in (
+                    "iteration", "generated_tokens", "seconds", "eval_success", "eval_return",
+                    "eval_turns", "eval_invalid_actions")}} for row in evals]
+            samples = [json.loads(line) for line in open(run / "samples.jsonl")]
+            ends = {evals[0]["iteration"], evals[-1]["iteration"]}
+            tables["pretrained_samples"] += [
+                {**key, "iteration": e["iteration"], "held_out_seed": e["seed"],
+                 "success": e["success"], "turns": json.dumps(e["turns"]),
+                 "last_observation": e["last_observation"]}
+                for e in samples if str(e["iteration"]) in ends]
+            for table, rows in tables.items():
+                path = ROOT / f"results/{table}.csv"
+                new = {(row["run"], str(row["seed"])) for row in rows}
+                old = [row for row in (read(path) if path.exists() else [])
+                       if (row["run"], row["seed"]) not in new]
+                write(path, old + rows)
+
+
+if __name__ == "__main__":
+    model, *names = sys.argv[1:]
+    if names == ["--starts"]:
+        starts(model, ROOT / "runs/pretrained")
+    else:
+        runs(model, ROOT / "runs/pretrained", names)
