@@ -96,6 +96,8 @@ class Args(RunArgs):
     bootstrap_truncated: bool = True  # a time limit does not end the return, D1
     centre_advantages: bool = True  # subtract their mean over the policy step, D6
     may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"actor_warm_up"}
+    chat_defaults: ClassVar = RunArgs.chat_defaults | {"num_prompts": 64,
+                                                       "critic_learning_rate": 1e-4}
 
 
 # === 3. Advantages ===============================================================================

@@ -32,7 +32,7 @@ Deviations and choices
         ours.
     D6  Earlier turns are not shown by default (paper: the last two).
 
-    python algos/gigpo.py        about half a minute on 2 CPU cores
+    python algos/gigpo.py        about 0.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

@@ -81,6 +81,8 @@ class Args(RunArgs):
     target_kl: float | None = None  # no further pass if the last minibatch had a larger approx_kl
     staleness: int = 0  # train on the batch of so many iterations ago
     may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"staleness"}
+    chat_defaults: ClassVar = RunArgs.chat_defaults | {"num_prompts": 64,
+                                                       "critic_learning_rate": 5e-5}
 
 
 # === 3. Advantages ===============================================================================

@@ -1,10 +1,12 @@
 """Every number in README and docs comes from results/*.csv."""
 
 import csv
+import doctest
 import re
 
 import numpy as np
 import pytest
+import transformers
 
 from conftest import ROOT
 from results import report
@@ -34,6 +36,10 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/models.md", "models") == report.models_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
     assert block("docs/seeupo.md", "turns") == report.turns_table()
+    assert block("docs/gpu.md", "memory") == report.memory_table()
+    assert block("docs/gpu.md", "computed memory") == report.computed_memory_table()
+    assert block("docs/pretrained.md", "pretrained") == report.pretrained_table()
+    assert block("docs/pretrained.md", "starts") == report.starts_table()
     for name, arms in report.LADDERS.items():
         assert block("docs/st_ppo.md", name) == report.collapse_table("st_ppo", arms)
     assert block("docs/archer.md", "levels") == report.levels_table("archer", report.LEVEL_ARMS)
@@ -114,6 +120,33 @@ def test_the_table_of_models_by_hand(monkeypatch):
         "| refused: is off | odd; plain | e, f | 1e+01 |",
         "", "7 configurations of 6 architectures. The self-check gave the verdict of the trial for 4 of the 6 that could "
         "be tried."]
+
+
+def test_the_examples_of_the_tables():
+    found = doctest.testmod(report)
+    assert found.attempted >= 3 and not found.failed
+
+
+def test_the_table_of_chat_models_by_hand(monkeypatch):
+    """Two seeds of one run, one of another: means, ranges, and minutes of 60 seconds."""
+    def row(run, seed, end, seconds):
+        return {"run": run, "seed": seed, "script": "igpo", "game": "tool_desk", "warm_start_steps": "10", "success_start": "0.25",
+                "success_end": end, "unreadable_start": "0.5", "unreadable_end": "0", "seconds": seconds}
+    monkeypatch.setattr(report, "read", lambda path: [row("a", "1", "0.5", "60"), row("b", "1", "1", "90"), row("a", "2", "0.75", "180")])
+    assert report.pretrained_table().splitlines()[2:] == [
+        "| `a` | igpo | tool desk | 10 | 2 | 0.25 (0.25 to 0.25) | 0.62 (0.50 to 0.75) | 0.50 (0.50 to 0.50) | 0.00 (0.00 to 0.00) "
+        "| 2.00 (1.00 to 3.00) |",
+        "| `b` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 | 1.50 |"]
+
+
+def test_computed_memory_counts_the_adapters_that_peft_makes():
+    peft = pytest.importorskip("peft")
+    config = transformers.Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, vocab_size=64)
+    model = peft.get_peft_model(transformers.Qwen2ForCausalLM(config), peft.LoraConfig(r=3, target_modules="all-linear"))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == report.computed_memory(0, 32, 16, 48, 2, rank=3)[0]
+    trained, size = report.computed_memory(1e9, 32, 16, 48, 2, rank=None)
+    assert trained == 1e9 and 22e9 < size < 24e9
 
 
 def run_of(*returns, seed="1", arm="a"):
