@@ -520,7 +520,8 @@ def cached_folder(args: RunArgs, episodes: list[Episode], determined_by: list,
     texts = [[(turn.observation, turn.action) for turn in e.turns] for e in episodes]
     determined_by = [texts, args.seed, torch.device(args.device).type, cloning_steps(args),
                      args.max_grad_norm, args.warm_start_learning_rate, *determined_by,
-                     inspect.getsource(warm_start), torch.__version__, transformers.__version__]
+                     inspect.getsource(warm_start), inspect.getsource(spell_out),
+                     torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TURNRL_CACHE", "~/.cache/turnrl")).expanduser()
     folder = cache / f"{args.env_id.rpartition('/')[2]}-{key}"
@@ -610,10 +611,9 @@ def make_tiny(args: RunArgs, texts: list[str]):
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
-def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
-    """Behaviour cloning: raise the log-probability of the demonstrated actions, and of no other."""
-    start, losses = time.perf_counter(), []
-    rows: list[Episode] = []  # an episode each, of the turns that stand in one row
+def spell_out(policy: Policy, episodes: list[Episode]) -> list[Episode]:
+    """Demonstrations as if the policy had sampled them: an episode for each of their rows."""
+    rows: list[Episode] = []
     for episode in episodes:
         turns, episode.turns = episode.turns, []
         for turn in turns:  # replay, so that every prompt is built from the turns before it
@@ -625,6 +625,12 @@ def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
             if turn.starts_row:
                 rows.append(Episode(episode.seed, ""))
             rows[-1].turns.append(turn)
+    return rows
+
+
+def warm_start(policy: Policy, episodes: list[Episode], args: RunArgs):
+    """Behaviour cloning: raise the log-probability of the demonstrated actions, and of no other."""
+    start, losses, rows = time.perf_counter(), [], spell_out(policy, episodes)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0)
     rng = random_stream(args.seed, DEMONSTRATE, 1)
     steps = cloning_steps(args)

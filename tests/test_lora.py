@@ -70,6 +70,23 @@ def test_an_optimizer_step_moves_the_adapters_only():
 
 
 @with_peft
+def test_checkpointing_gives_the_adapters_the_same_gradients(tmp_path, chat_folder):
+    def gradients(**flags) -> list[torch.Tensor]:
+        policy = load_policy(quick(tmp_path, **YES | {"model": chat_folder, "warm_start_steps": 0, "lora_rank": 2} | flags))
+        policy.bf16, counted = False, []
+        for layer in policy.model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: counted.append(1))
+        token_logprobs(policy, a_batch(policy), 1.0)[0].sum().backward()
+        assert len(counted) == (4 if flags else 2)  # two layers, twice with checkpointing
+        return [p.grad for p in policy.model.parameters() if p.requires_grad]
+
+    plain, twice = gradients(), gradients(gradient_checkpointing=True)
+    assert any(g.abs().max() > 0 for g in plain)
+    for a, b in zip(plain, twice, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@with_peft
 def test_adapters_are_saved_alone_loaded_again_and_merged_as_a_model(tmp_path):
     """As --model, a folder of adapters is its base with the product added. That may get adapters of its own."""
     random_policy("llama").save(tmp_path / "base")
