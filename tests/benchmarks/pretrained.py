@@ -33,8 +33,28 @@ GAMES = {  # what is played, and how long an answer may be
 GRPO = ["--history-turns", "None", "--sampling", "all"]  # of ms_grpo.py: a growing row, no draw
 SEARCH = ["--warm-start-steps", "80", "--num-iterations", "16", "--eval-every", "8",
           "--learning-rate", "2e-5"]
+EQUAL = ["--warm-start-steps", "40", "--num-iterations", "60", "--max-generated-tokens", "11000",
+         "--eval-every", "4", "--learning-rate", "2e-5"]  # from a worse start, at equal tokens
+OTHER = ["--num-iterations", "16", "--eval-every", "4", "--learning-rate", "2e-5"]
 RUNS = {  # name: script, game, flags, seeds
     "search_ms_grpo": ("ms_grpo", "search", [*GRPO, *SEARCH], (1, 2, 3)),
+    "equal_ms_grpo": ("ms_grpo", "search", [*GRPO, *EQUAL], (1, 2, 3)),
+    "equal_igpo": ("igpo", "search", [*EQUAL, "--belief", "prob"], (1, 2, 3)),
+    "equal_tree_grpo": ("tree_grpo", "search", [*EQUAL, "--keep-top-entropy", "1.0"], (1, 2, 3)),
+    "equal_gigpo": ("gigpo", "search", [*EQUAL, "--history-turns", "None"], (1, 2, 3)),
+    "number_ms_grpo": ("ms_grpo", "guess_number", [*GRPO, "--warm-start-steps", "30", *OTHER], (1,)),
+    "number_igpo": ("igpo", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "number_archer": ("archer", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "lake_ms_grpo": ("ms_grpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "lake_gigpo": ("gigpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "lake_tree_grpo": ("tree_grpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "desk_st_ppo": ("st_ppo", "tool_desk", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "desk_seeupo": ("seeupo", "tool_desk", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "maths_ufo": ("ufo", "retry_maths", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "search_st_ppo": ("st_ppo", "search", SEARCH, (1,)),
+    "search_seeupo": ("seeupo", "search", SEARCH, (1,)),
+    "search_archer": ("archer", "search", SEARCH, (1,)),
+    "search_lora": ("ms_grpo", "search", [*GRPO, *SEARCH[:-1], "2e-4", "--lora-rank", "16"], (1,)),
 }
 
 
