@@ -590,14 +590,14 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """One number, or the mean of several and their range.
 
     >>> spread([0.5]), spread([0.5, 0.7, 0.6])
     ('0.50', '0.60 (0.50 to 0.70)')
     """
-    mean = f"{np.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+    mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    return mean if len(values) < 2 else f"{mean} ({low} to {high})"
 
 
 def pretrained_table() -> str:
@@ -610,7 +610,7 @@ def pretrained_table() -> str:
 
         def cell(name: str, mine=mine) -> str:
             return spread([float(row[name]) for row in mine])
-        minutes = spread([float(row["seconds"]) / 60 for row in mine])
+        minutes = spread([float(row["seconds"]) / 60 for row in mine], 1)
         lines.append("| " + " | ".join([
             f"`{run}`", mine[0]["script"], mine[0]["game"].replace("_", " "),
             mine[0]["warm_start_steps"], str(len(mine)), cell("success_start"),
@@ -632,24 +632,10 @@ def pretrained_figure(path: Path):
                 axis.plot([float(row["seconds"]) / 60 for row in points],
                           [float(row["eval_success"]) for row in points], f"C{color}.-",
                           label="" if n else run)
-        axis.set(title=game.replace("_", " "), xlabel="minutes", ylabel="success", ylim=(0, 1))
+        axis.set(title=game.replace("_", " "), xlabel="minutes", ylabel="success",
+                 xlim=(0, None), ylim=(0, 1))
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def starts_table() -> str:
-    """results/chat_starts.csv: legal answers and success after 0, 10 and 30 steps of imitation."""
-    rows = read(ROOT / "results/chat_starts.csv")
-    steps = list(dict.fromkeys(row["steps"] for row in rows))
-    lines = ["| game | " + " | ".join(f"legal, {n} steps" for n in steps) + " | "
-             + " | ".join(f"success, {n} steps" for n in steps) + " |",
-             "|---" * (1 + 2 * len(steps)) + "|"]
-    for game in dict.fromkeys(row["game"] for row in rows):
-        cells = {row["steps"]: row for row in rows if row["game"] == game}
-        lines.append(f"| {game.replace('_', ' ')} | " + " | ".join(
-            f"{float(cells[n][name]):.2f}" if n in cells else ""
-            for name in ("legal", "success") for n in steps) + " |")
-    return "\n".join(lines)
 
 
 def memory_table() -> str:
@@ -719,7 +705,6 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
-    replace_block(ROOT / "docs/pretrained.md", "starts", starts_table())
     replace_block(ROOT / "docs/gpu.md", "memory", memory_table())
     replace_block(ROOT / "docs/gpu.md", "computed memory", computed_memory_table())
     pretrained_figure(ROOT / "docs/figures/pretrained.png")

@@ -31,7 +31,7 @@ GAMES = {  # what is played, and how long an answer may be
     "snake": ["--env-id", "turnrl/Snake-v0", "--max-turn-tokens", "8"],
 }
 GRPO = ["--history-turns", "None", "--sampling", "all"]  # of ms_grpo.py: a growing row, no draw
-SEARCH = ["--warm-start-steps", "80", "--num-iterations", "16", "--eval-every", "8",
+SEARCH = ["--warm-start-steps", "80", "--num-iterations", "22", "--eval-every", "8",
           "--learning-rate", "2e-5"]
 EQUAL = ["--warm-start-steps", "40", "--num-iterations", "60", "--max-generated-tokens", "11000",
          "--eval-every", "4", "--learning-rate", "2e-5"]  # from a worse start, at equal tokens
