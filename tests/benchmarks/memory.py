@@ -1,6 +1,6 @@
 """Peak memory of an update of a chat model: all weights or adapters, with and without checkpointing.
 
-    python tests/benchmarks/memory.py FOLDER        about 4 minutes on 2 CPU cores with SmolLM2-135M
+    python tests/benchmarks/memory.py FOLDER        about 8 minutes on 2 CPU cores with SmolLM2-135M
 
 FOLDER holds the model. Every setting is a process of its own that loads it and makes two optimizer
 steps of ms_grpo.py, each on eight rows of 1,024 random tokens, half of them sampled. Writes
