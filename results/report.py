@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,164 +22,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from envs.twenty_questions import TwentyQuestions, ideal_return
-from results import credit
-
-ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of the default run
-    "ms_grpo": ("MS-GRPO", "2508.10839v1", "every turn gets the episode's return, compared with "
-                "its group; episodes are drawn by abs(advantage)", "episode", "frozen lake"),
-    "gigpo": ("GiGPO", "2505.10978v3", "a turn is also compared with the turns of its group that "
-              "saw the same observation", "turn", "frozen lake"),
-    "ufo": ("UFO", "2507.14295v2", "answer, be told only \"try again\", answer again; the reward "
-            "decays and repeats cost", "episode", "small maths problems"),
-    "turn_budget": ("turn budget", "", "each turn may think only so long in a short context; a "
-                    "hypothesis, not a paper", "episode", "sums on pages"),
-    "igpo": ("IGPO", "2510.14967v2", "a turn is rewarded by how much it raised the model's belief "
-             "in the right answer", "turn", "search questions"),
-    "tree_grpo": ("Tree-GRPO, entropy mask", "2509.21240v3 2506.01939v2", "fork episodes at their "
-                  "turns, compare the leaves; train on uncertain tokens", "leaf",
-                  "search questions"),
-    "st_ppo": ("ST-PPO, PPO", "2511.20718v1", "one ratio per turn; gradients scaled by what "
-               "clipping took from them", "token, from a critic", "order desk"),
-    "seeupo": ("SeeUPO", "2602.06554v1", "one update per turn, the last turn first",
-               "episode, times later turns' ratios", "order desk"),
-    "archer": ("ArCHer", "2402.19446v1", "a critic of whole turns learns from a replay buffer",
-               "turn, from a critic", "twenty questions")}
-CLAIMS = {  # algo: claim -> (metric, title, arms; the first is compared with each of the others)
-    "ms_grpo": {
-        "C1": ("success", "Frozen Lake: which episodes are trained on",
-               ["lake_aaw", "lake_uniform", "lake_all"]),
-        "C2": ("return", "Snake: what a turn is credited with",
-               ["snake_episode", "snake_return_to_go", "snake_step"]),
-        "KL": ("success", "Frozen Lake: held to the start policy", ["lake_aaw", "lake_kl"])},
-    "gigpo": {
-        "A": ("success", "Frozen Lake: what a turn is compared with",
-              ["lake_gigpo", "lake_episode", "lake_no_anchors", "lake_mean"]),
-        "B": ("success", "lakes of 6x6", ["large_gigpo", "large_episode", "large_no_anchors"]),
-        "C": ("success", "tool desk", ["desk_gigpo", "desk_episode", "desk_no_anchors"])},
-    "ufo": {
-        "C1": ("success", "answers allowed in training", ["retry_turns5", "retry_turns1"]),
-        "C2": ("success", "feedback, decay, penalty",
-               ["retry_turns5", "retry_blank", "retry_no_penalty", "retry_linear",
-                "retry_constant"])},
-    "turn_budget": {
-        "A": ("success", "what closes a thought",
-              ["think_turn", "think_none", "think_episode", "think_turn_drop", "think_none_drop"]),
-        "B": ("success", "turn limits", ["limit_none", "limit_fixed", "limit_dynamic"])},
-    "igpo": {
-        "C1": ("success", "middle: 2 to 3 hops",
-               ["middle_both", "middle_outcome", "middle_gain", "middle_prob"]),
-        "C2": ("success", "sparse: 3 hops, more noise",
-               ["sparse_both", "sparse_outcome", "sparse_gain", "sparse_prob"]),
-        "C3": ("success", "hopeless: 4 hops",
-               ["hopeless_both", "hopeless_outcome"])},
-    "tree_grpo": {
-        "A": ("success", "trees or chains (all tokens)",
-              ["tree_all", "tree_chains4", "tree_chains6", "tree_intra", "tree_inter"]),
-        "B": ("success", "share of tokens kept (trees)",
-              ["tree_all", "tree_top50", "tree_top20", "tree_top10", "tree_bottom80"])},
-    "st_ppo": {
-        "A": ("success", "2 steps per batch",
-              ["desk_st_ppo", "desk_s_ppo", "desk_turn_ppo", "desk_ppo"]),
-        "B": ("success", "32 steps per batch",
-              ["heavy_st_ppo", "heavy_s_ppo", "heavy_turn_ppo", "heavy_ppo"]),
-        "C": ("success", "32 steps, batches 2 iterations old",
-              ["late_st_ppo", "late_s_ppo", "late_turn_ppo", "late_ppo"]),
-        "D": ("success", "32 steps: how s_ppo scales",
-              ["heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step"]),
-        "E": ("success", "32 steps: other cures",
-              ["heavy_ppo", "heavy_small_rate", "heavy_small_norm", "heavy_target_kl"])},
-    "seeupo": {
-        "A": ("success", "tool desk: order and weights",
-              ["desk_reverse", "desk_natural", "desk_random", "desk_unweighted", "desk_released"]),
-        "B": ("success", "tool desk: all turns in one step",
-              ["desk_reverse", "desk_gspo_8", "desk_grpo_8", "desk_gspo_1", "desk_grpo_1"]),
-        "C": ("success", "questions",
-              ["question_reverse", "question_natural", "question_random", "question_unweighted",
-               "question_gspo_6", "question_grpo_6", "question_gspo_1"]),
-        "D": ("success", "tool desk: what divides the advantage",
-              ["desk_reverse", "desk_no_scale", "desk_group_std"])},
-    "archer": {
-        "A": ("return", "1280 episodes: other scripts",
-              ["guess_archer", "guess_ppo", "guess_ms_grpo"]),
-        "B": ("return", "1280 episodes: the critic",
-              ["guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
-               "guess_uncentred"])},
-}
-DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
-    ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
-    ("gigpo", "lake_gigpo", "Frozen Lake (default)"),
-    ("ufo", "retry_turns5", "retry math (default)"),
-    ("turn_budget", "think_turn", "think search (default)"),
-    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
-    ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
-    ("st_ppo", "desk_st_ppo", "tool desk (default)"),
-    ("seeupo", "desk_reverse", "tool desk (default)"),
-    ("archer", "guess_archer", "twenty questions (default)")]
-PAIRS = {  # algo: arms that are compared besides, the claim's way
-    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
-               for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
-DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
-    "st_ppo": ["train_success", "clip_fraction", "clip_bias_norm", "clip_bias_norm_max",
-               "gradient_scale", "approx_kl", "entropy"]}
-CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
-    "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search",
-    "search": "search", "desk": "tool desk", "guess": "twenty questions"}
-LEVELS = (-11, -10, -9, -8)  # returns that ArCHer's table of episodes asks for
-EPISODES = 64  # in every iteration of these runs
-LEVEL_ARMS = [*CLAIMS["archer"]["A"][2], "guess_ppo_long", *CLAIMS["archer"]["B"][2][1:]]
-LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
-    "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
-    "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
-                 "late_turn_ppo", "late_s_ppo", "late_st_ppo", "heavy_s_triggered",
-                 "heavy_s_relative", "heavy_s_step", "heavy_small_rate", "heavy_small_norm",
-                 "heavy_target_kl"]}
-CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
-    "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
-            "eval_distinct_ratio": "distinct answers",
-            "eval_identical_failure": "failures that never changed the answer",
-            "eval_average_turns": "turns", "eval_in_range": "answers in range"},
-    "turn_budget": {"eval_success": "success", "eval_rounds_completed": "right hops",
-                    "eval_thought_tokens": "thought tokens per turn",
-                    "eval_tokens_per_success": "tokens per solved episode",
-                    "eval_forced_closes": "thoughts closed by the cap",
-                    "eval_overflowed": "context full",
-                    "eval_thought_share": "context that is thought",
-                    "eval_history_cost": "history cost"},
-}
-EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
-    "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
-    "gigpo": {"anchored_turns": ("mean", "turns with a partner"),
-              "groups_without_signal": ("mean", "groups without signal"),
-              "entropy": ("end", "entropy at the end")},
-    "ufo": {"groups_without_signal": ("mean", "groups without signal"),
-            "entropy": ("end", None), "repetition_part": ("end", None)},
-    "turn_budget": {"groups_without_signal": ("mean", "groups without signal"),
-                    "entropy": ("end", None), "turn_limit_first": ("end", None),
-                    "turn_limit_last": ("end", None)},
-    "igpo": {"groups_of_equal_outcome": ("mean", "groups of equal outcome"),
-             "groups_without_signal": ("mean", "groups without signal"),
-             "eval_turns": ("end", "turns at the end"), "eval_truncated": ("end", None)},
-    "tree_grpo": {"leaves_per_1000_tokens": ("mean", "leaves per 1000 tokens"),
-                  "row_tokens_per_sampled": ("mean", "row tokens per sampled"),
-                  "groups_without_signal": ("mean", "groups without signal"),
-                  "trees_without_signal": ("mean", "trees without signal"),
-                  "kept_share": ("mean", "kept"), "entropy": ("end", "entropy at the end"),
-                  "entropy_kept": ("mean", None), "clip_fraction": ("mean", None)},
-    "st_ppo": {"clip_fraction": ("mean", "clip fraction"),
-               "clip_bias_norm": ("mean", "norm of C"),
-               "scaled_steps": ("mean", "scaled steps"), "gradient_scale": ("mean", None),
-               "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
-               "explained_variance": ("mean", None), "grad_clipped": ("mean", None)},
-    "seeupo": {"weights_outside": ("mean", "M / A outside 0.8 .. 1.2"),
-               "ratio_drift": ("mean", "ratio drift"), "clip_fraction": ("mean", "clip fraction"),
-               "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
-               "groups_without_signal": ("mean", None)},
-    "archer": {"eval_invalid_actions": ("end", "invalid at the end"),
-               "fresh_tokens": ("mean", "fresh tokens per iteration"),
-               "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
-               "advantage_mean": ("end", None), "advantage_square": ("end", None)},
-}
-
+from results import credit, judge
+from results.claims import (ALGORITHMS, CLAIMS, CROSS, CURVES, DEFAULT_ARMS, DIAGNOSTICS, EPISODES,
+                            EXTRA, LADDERS, LEVEL_ARMS, LEVELS, PAIRS)
 
 def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
@@ -281,17 +127,6 @@ def drift_figure(algo: str, arms: list[str]):
     figure.savefig(ROOT / f"docs/figures/{algo}_drift.png", dpi=120)
 
 
-def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences, by resampling seeds."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(differences, (10000, len(differences))).mean(1)
-    return tuple(np.percentile(means, [2.5, 97.5]))
-
-
-def verdict(low: float, high: float) -> str:
-    return "supported" if low > 0 else "refuted" if high < 0 else "inconclusive"
-
-
 def column(rows: list[dict[str, str]], arm: str, name: str) -> np.ndarray:
     """The values of an arm, in the order of its seeds."""
     of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["seed"]))
@@ -308,44 +143,116 @@ def at_tokens(curves: list[dict[str, str]], arm: str, metric: str, tokens: float
     return np.array(values)
 
 
-def claim_table(algo: str, claim: str) -> str:
-    """The table of a claim, and the verdicts on its first arm."""
-    metric, _, arms = CLAIMS[algo][claim]
+def read_claim(algo: str, claim: str) -> tuple[list[dict], dict[str, dict[str, np.ndarray]]]:
+    """The runs of an algorithm, and the metric of a claim: arm -> moment -> value of every seed."""
+    metric, arms = CLAIMS[algo][claim].metric, CLAIMS[algo][claim].arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
     if len({tuple(column(rows, arm, "seed")) for arm in arms}) > 1:  # they are compared in pairs
         raise SystemExit(f"results/{algo}.csv: the arms of claim {claim} have different seeds")
     values = {arm: {name: column(rows, arm, f"{metric}_{name}")
                     for name in ("start", "end", "area")} for arm in arms}
-    heads = {"start": f"{metric} at start", "end": "at the end", "area": "mean over the run"}
-    tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
-    if algo != "ms_grpo":  # its curves hold no token counts
-        heads["tokens"] = f"after {tokens / 1000:.0f}k tokens"
+    if all(row["generated_tokens"] for row in curves if row["arm"] in arms):
+        tokens = equal_tokens(rows, arms)
         for arm in arms:
             values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
+    return rows, values
+
+
+def equal_tokens(rows: list[dict], arms: Sequence[str]) -> float:
+    """Generated tokens of the shortest run of these arms."""
+    return min(column(rows, arm, "generated_tokens").min() for arm in arms)
+
+
+def judged(algo: str, claim: str) -> tuple[str, np.ndarray, list[judge.Check], str]:
+    """The primary comparison of a claim: moment, paired differences, checks, outcome."""
+    it = CLAIMS[algo][claim]
+    rows, values = read_claim(algo, claim)
+    first, second = (values[arm] for arm in it.arms[:2])
+    moment = "tokens" if "tokens" in first else "end"
+    [floor] = [row for row in read(ROOT / "results/floors.csv") if row["game"] == it.game]
+    checks = judge.regime(first["start"], second["end"], float(floor[it.metric]), it.best)
+    if it.mechanism:
+        words, value, least = it.mechanism
+        checks.append(judge.acts(words, value(lambda *name: column(rows, *name).mean()), least))
+    differences = first[moment] - second[moment]
+    return moment, differences, checks, judge.verdict(differences, checks)
+
+
+def of_seeds(differences: np.ndarray) -> str:
+    return f"{len(differences)} seeds" + ", provisional" * (len(differences) < judge.SEEDS)
+
+
+def claim_table(algo: str, claim: str) -> str:
+    """The table of a claim, its verdict with the checks, and all other comparisons."""
+    it = CLAIMS[algo][claim]
+    arms = it.arms
+    rows, values = read_claim(algo, claim)
+    heads = {"start": f"{it.metric} at start", "end": "at the end", "area": "mean over the run"}
+    if "tokens" in values[arms[0]]:
+        heads["tokens"] = f"after {equal_tokens(rows, arms) / 1000:.0f}k tokens"
     extra = {name: head for name, (_, head) in EXTRA.get(algo, {}).items() if head}
-    names = ["arm", "seeds", *heads.values(), f"{arms[0]} minus this at the end [95 %]",
-             *extra.values(), "optimizer steps", "generated tokens", "seconds"]
+    names = ["arm", "seeds", *heads.values(), *extra.values(), "optimizer steps",
+             "generated tokens", "seconds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for arm in arms:
-        against = "" if arm == arms[0] else "{:+.3f} [{:+.3f}, {:+.3f}]".format(
-            *(lambda d: (d.mean(), *bootstrap(d)))(values[arms[0]]["end"] - values[arm]["end"]))
         cells = [f"`{arm}`", str(len(values[arm]["end"])),
                  *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in map(values[arm].get, heads)),
-                 against, *(f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
-                            for x in (column(rows, arm, name).mean() for name in extra))]
+                 *(f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
+                   for x in (column(rows, arm, name).mean() for name in extra))]
         cells += [f"{column(rows, arm, name).mean():.0f}"
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
+    moments = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run"}
+    if it.says:
+        moment, differences, checks, outcome = judged(algo, claim)
+        low, high = judge.interval(differences)
+        lines.append(
+            f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {moments[moment]} "
+            f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], {of_seeds(differences)}: "
+            f"**{outcome}**. Checks: " + "; ".join(map(str, checks)) + ".")
+    lines.append("\nSecondary differences [95 % interval]:\n")
     pairs = [(arms[0], arm) for arm in arms[1:]]
     pairs += [pair for pair in PAIRS.get(algo, []) if set(pair) <= set(arms)]
     for first, second in pairs:
         parts = []
-        for name, words in (("end", "at the end"), ("area", "over the run"),
-                            ("tokens", "at equal tokens")):
-            if name in heads:
-                low, high = bootstrap(values[first][name] - values[second][name])
-                parts.append(f"{words} [{low:+.3f}, {high:+.3f}], {verdict(low, high)}")
-        lines.append(f"\n`{first}` minus `{second}`: " + "; ".join(parts) + ".")
+        for moment, words in moments.items():
+            primary = it.says and (first, second) == arms[:2] and moment == judged(algo, claim)[0]
+            if moment in heads and not primary:
+                differences = values[first][moment] - values[second][moment]
+                low, high = judge.interval(differences)
+                parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(f"- `{first}` minus `{second}`: " + "; ".join(parts))
+    return "\n".join(lines)
+
+
+def verdicts_table() -> str:
+    """Every claim with its primary comparison, its checks and its outcome."""
+    lines = ["| algorithm | claim | primary comparison | difference [95 %] | seeds "
+             "| checks | outcome |", "|---" * 7 + "|"]
+    for algo, claims in CLAIMS.items():
+        for name, it in claims.items():
+            if it.says:
+                moment, differences, checks, outcome = judged(algo, name)
+                low, high = judge.interval(differences)
+                where = "equal tokens" if moment == "tokens" else "the end"
+                lines.append("| " + " | ".join([
+                    ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
+                    f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} at {where}",
+                    f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
+                    of_seeds(differences), "; ".join(map(str, checks)), f"**{outcome}**"]) + " |")
+    return "\n".join(lines)
+
+
+def rule_table() -> str:
+    """How often the rule errs without an effect and finds one, simulated (judge.py)."""
+    effects = (0.5, 1.0, 1.5, 2.0)
+    lines = ["| seeds | called significant without any effect | found: "
+             + " | ".join(f"effect {effect:g}" for effect in effects) + " |",
+             "|---" * (2 + len(effects)) + "|"]
+    for seeds in (5, 10):
+        found = [f"{judge.power(effect, seeds):.0%}" for effect in effects]
+        lines.append("| " + " | ".join([str(seeds), f"{judge.false_positives(seeds):.1%}", *found])
+                     + " |")
     return "\n".join(lines)
 
 
@@ -385,9 +292,9 @@ def levels_table(algo: str, arms: list[str]) -> str:
 
 def equal_tokens_table(algo: str, claim: str) -> str:
     """Everything in CURVES after as many generated tokens as the shortest run of the claim has."""
-    _, _, arms = CLAIMS[algo][claim]
+    arms = CLAIMS[algo][claim].arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
-    tokens = min(column(rows, arm, "generated_tokens").min() for arm in arms)
+    tokens = equal_tokens(rows, arms)
     lines = [f"| after {tokens / 1000:.0f}k tokens | " + " | ".join(CURVES[algo].values()) + " |",
              "|---" * (len(CURVES[algo]) + 1) + "|"]
     at = {arm: [at_tokens(curves, arm, name, tokens) for name in CURVES[algo]] for arm in arms}
@@ -396,7 +303,7 @@ def equal_tokens_table(algo: str, claim: str) -> str:
         cells = [f"{x.mean():.3g} ± {x.std(ddof=1):.2g}" for x in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for arm in arms[1:]:
-        intervals = [bootstrap(a - b) for a, b in zip(at[arms[0]], at[arm], strict=True)]
+        intervals = [judge.interval(a - b) for a, b in zip(at[arms[0]], at[arm], strict=True)]
         lines.append(f"| `{arms[0]}` minus `{arm}` | " + " | ".join(
             f"[{low:+.3g}, {high:+.3g}]" for low, high in intervals) + " |")
     return "\n".join(lines)
@@ -410,22 +317,22 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[panels:]:
         axis.axis("off")
-    for axis, (metric, title, arms) in zip(axes, CLAIMS[algo].values(), strict=False):
-        for color, arm in enumerate(arms):
+    for axis, claim in zip(axes, CLAIMS[algo].values(), strict=False):
+        for color, arm in enumerate(claim.arms):
             of_arm = [row for row in curves if row["arm"] == arm]
             runs = []  # of every seed: x and y of its evaluations
             for seed in sorted({row["seed"] for row in of_arm}, key=int):
                 of_seed = [row for row in of_arm if row["seed"] == seed]
                 x = [float(row["generated_tokens"]) / 1000 if algo in CURVES  # arms differ in
                      else int(row["iteration"]) for row in of_seed]  # tokens per iteration
-                runs.append((x, [float(row[metric]) for row in of_seed]))
+                runs.append((x, [float(row[claim.metric]) for row in of_seed]))
                 axis.plot(*runs[-1], f"C{color}", linewidth=0.6, alpha=0.5)
             grid = np.linspace(0, min(x[-1] for x, _ in runs), min(len(x) for x, _ in runs))
             axis.plot(grid, np.mean([np.interp(grid, *run) for run in runs], 0), f"C{color}o-",
                       markersize=3, label=arm.split("_", 1)[1])
-        axis.set(title=title, ylabel=f"held-out {metric}",
+        axis.set(title=claim.title, ylabel=f"held-out {claim.metric}",
                  xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
-        if metric == "success":
+        if claim.metric == "success":
             axis.set_ylim(0, 1)
         axis.legend(title="mean (thin: each seed)", fontsize=8, title_fontsize=8)
     figure.savefig(ROOT / f"docs/figures/{algo}.png", dpi=120)
@@ -697,7 +604,7 @@ if __name__ == "__main__":
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
     for name, arms in LADDERS.items():
         replace_block(ROOT / "docs/st_ppo.md", name, collapse_table("st_ppo", arms))
-    drift_figure("st_ppo", CLAIMS["st_ppo"]["B"][2])
+    drift_figure("st_ppo", CLAIMS["st_ppo"]["B"].arms)
     replace_block(ROOT / "docs/archer.md", "levels", levels_table("archer", LEVEL_ARMS))
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
@@ -714,3 +621,5 @@ if __name__ == "__main__":
     replace_block(ROOT / "README.md", "algorithms", algorithms_table())
     replace_block(ROOT / "docs/results.md", "results", results_table())
     replace_block(ROOT / "docs/results.md", "cross", cross_table())
+    replace_block(ROOT / "docs/results.md", "verdicts", verdicts_table())
+    replace_block(ROOT / "docs/results.md", "rule", rule_table())

@@ -1,0 +1,261 @@
+"""What is claimed, which arms of run_all.sh answer it, and what the tables of the pages show.
+
+judge.py has the rule, report.py makes the tables and figures.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """Arms that are compared in one game.
+
+    The first arm minus the second, at equal tokens, is the primary comparison: it decides on
+    `says`. Everything else in the claim's table is secondary. Without `says` nothing is decided.
+    """
+
+    title: str  # of the panel of the figure
+    game: str  # row of results/floors.csv
+    arms: tuple[str, ...]
+    says: str = ""  # the claim of the paper that the primary comparison decides on
+    metric: str = "success"
+    best: float = 1.0  # the metric of perfect play
+    # what shows that the mechanism acts; its value, from means of columns; the least that counts
+    mechanism: tuple[str, Callable, float] | None = None
+
+
+def of(arm: str, column: str) -> Callable:
+    """The mean of a column of results/<algo>.csv over an arm's seeds."""
+    return lambda mean: mean(arm, column)
+
+
+def gain_of_a_hop(regime: str, belief: str = "log_prob") -> Callable:
+    """IGPO's mean gain of a search that finds the next person (results/gains.csv)."""
+    with open(Path(__file__).parent / "gains.csv", newline="") as file:
+        [row] = [row for row in csv.DictReader(file)
+                 if (row["regime"], row["belief"], row["turn"])
+                 == (regime, belief, "hop before the last")]
+    return lambda mean: float(row["mean_gain"])
+
+
+ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of the default run
+    "ms_grpo": ("MS-GRPO", "2508.10839v1", "every turn gets the episode's return, compared with "
+                "its group; episodes are drawn by abs(advantage)", "episode", "frozen lake"),
+    "gigpo": ("GiGPO", "2505.10978v3", "a turn is also compared with the turns of its group that "
+              "saw the same observation", "turn", "frozen lake"),
+    "ufo": ("UFO", "2507.14295v2", "answer, be told only \"try again\", answer again; the reward "
+            "decays and repeats cost", "episode", "small maths problems"),
+    "turn_budget": ("turn budget", "", "each turn may think only so long in a short context; a "
+                    "hypothesis, not a paper", "episode", "sums on pages"),
+    "igpo": ("IGPO", "2510.14967v2", "a turn is rewarded by how much it raised the model's belief "
+             "in the right answer", "turn", "search questions"),
+    "tree_grpo": ("Tree-GRPO, entropy mask", "2509.21240v3 2506.01939v2", "fork episodes at their "
+                  "turns, compare the leaves; train on uncertain tokens", "leaf",
+                  "search questions"),
+    "st_ppo": ("ST-PPO, PPO", "2511.20718v1", "one ratio per turn; gradients scaled by what "
+               "clipping took from them", "token, from a critic", "order desk"),
+    "seeupo": ("SeeUPO", "2602.06554v1", "one update per turn, the last turn first",
+               "episode, times later turns' ratios", "order desk"),
+    "archer": ("ArCHer", "2402.19446v1", "a critic of whole turns learns from a replay buffer",
+               "turn, from a critic", "twenty questions")}
+CLAIMS = {  # algo: name of the table: claim
+    "ms_grpo": {
+        "C1": Claim(
+            "Frozen Lake: which episodes are trained on", "lake",
+            ("lake_aaw", "lake_uniform", "lake_all"),
+            says="drawing episodes by abs(advantage) beats drawing them evenly",
+            mechanism=("drawn advantage differs from that of an even draw by",
+                       lambda mean: abs(mean("lake_aaw", "drawn_advantage")
+                                        - mean("lake_uniform", "drawn_advantage")), 0.1)),
+        "C2": Claim(
+            "Snake: what a turn is credited with", "snake",
+            ("snake_episode", "snake_step", "snake_return_to_go"), metric="return", best=3.0,
+            says="the episode's return is a better credit than the step's own reward"),
+        "KL": Claim("Frozen Lake: held to the start policy", "lake", ("lake_aaw", "lake_kl"))},
+    "gigpo": {
+        "A": Claim(
+            "Frozen Lake: what a turn is compared with", "lake",
+            ("lake_gigpo", "lake_episode", "lake_no_anchors", "lake_mean"),
+            says="comparing turns that saw the same helps on small lakes",
+            mechanism=("turns with a partner", of("lake_gigpo", "anchored_turns"), 0.2)),
+        "B": Claim(
+            "lakes of 6x6", "large lake", ("large_gigpo", "large_episode", "large_no_anchors"),
+            says="comparing turns that saw the same helps on large lakes",
+            mechanism=("turns with a partner", of("large_gigpo", "anchored_turns"), 0.2)),
+        "C": Claim(
+            "tool desk", "desk", ("desk_gigpo", "desk_episode", "desk_no_anchors"),
+            says="comparing turns that saw the same helps on the tool desk",
+            mechanism=("turns with a partner", of("desk_gigpo", "anchored_turns"), 0.2))},
+    "ufo": {
+        "C1": Claim(
+            "answers allowed in training", "retry, 5 answers", ("retry_turns5", "retry_turns1"),
+            says="training with five answers beats training with one, at answering five times"),
+        "C2": Claim(
+            "feedback, decay, penalty", "retry, 5 answers",
+            ("retry_turns5", "retry_no_penalty", "retry_blank", "retry_linear", "retry_constant"),
+            says="a penalty for repeated answers helps",
+            mechanism=("repeated answers that the penalty met",
+                       of("retry_turns5", "repetition_part"), 0.02))},
+    "turn_budget": {
+        "A": Claim(
+            "what closes a thought", "think",
+            ("think_turn", "think_none", "think_episode", "think_turn_drop", "think_none_drop"),
+            says="training with a cap on every turn's thought beats training without"),
+        "B": Claim(
+            "turn limits", "turns", ("limit_dynamic", "limit_none", "limit_fixed"),
+            says="a limit on the turns that is extended on demand beats none",
+            mechanism=("turns that the limit takes away",
+                       lambda mean: (mean("limit_none", "turn_limit_last")
+                                     - mean("limit_dynamic", "turn_limit_last")), 1))},
+    "igpo": {
+        "C1": Claim(
+            "middle: 2 to 3 hops", "search",
+            ("middle_both", "middle_outcome", "middle_gain", "middle_prob"),
+            says="gain and outcome beat the outcome alone, where it is not rare",
+            mechanism=("mean gain of a right hop before the last", gain_of_a_hop("middle"), 0)),
+        "C2": Claim(
+            "sparse: 3 hops, more noise", "search",
+            ("sparse_both", "sparse_outcome", "sparse_gain", "sparse_prob"),
+            says="gain and outcome beat the outcome alone, where it is rare",
+            mechanism=("mean gain of a right hop before the last", gain_of_a_hop("sparse"), 0)),
+        "C3": Claim("hopeless: 4 hops", "search", ("hopeless_both", "hopeless_outcome"))},
+    "tree_grpo": {
+        "A": Claim(
+            "trees or chains (all tokens)", "search",
+            ("tree_all", "tree_chains4", "tree_chains6", "tree_intra", "tree_inter"),
+            says="trees beat chains",
+            mechanism=("trees whose leaves differ",
+                       lambda mean: 1 - mean("tree_all", "trees_without_signal"), 0.2)),
+        "B": Claim(
+            "share of tokens kept (trees)", "search",
+            ("tree_top20", "tree_all", "tree_top50", "tree_top10", "tree_bottom80"),
+            says="the fifth of the tokens with the highest entropy does better than all",
+            mechanism=("tokens kept of an answer",
+                       lambda mean: (mean("tree_top20", "kept_share")
+                                     * mean("tree_top20", "generated_tokens")
+                                     / mean("tree_top20", "environment_steps")), 2))},
+    "st_ppo": {
+        "A": Claim("2 steps per batch", "desk",
+                   ("desk_st_ppo", "desk_ppo", "desk_s_ppo", "desk_turn_ppo")),
+        "B": Claim(
+            "32 steps per batch", "desk",
+            ("heavy_st_ppo", "heavy_ppo", "heavy_s_ppo", "heavy_turn_ppo"),
+            says="turn-level ratios and the clip-bias correction prevent the collapse of PPO "
+                 "on fresh batches",
+            mechanism=("clipped tokens", of("heavy_ppo", "clip_fraction"), 0.05)),
+        "C": Claim(
+            "32 steps, batches 2 iterations old", "desk",
+            ("late_st_ppo", "late_ppo", "late_s_ppo", "late_turn_ppo"),
+            says="turn-level ratios and the clip-bias correction prevent the collapse of PPO "
+                 "on late batches",
+            mechanism=("clipped tokens", of("late_ppo", "clip_fraction"), 0.05)),
+        "D": Claim("32 steps: how s_ppo scales", "desk",
+                   ("heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step")),
+        "E": Claim("32 steps: other cures", "desk",
+                   ("heavy_ppo", "heavy_small_rate", "heavy_small_norm", "heavy_target_kl"))},
+    "seeupo": {
+        "A": Claim(
+            "tool desk: order and weights", "desk",
+            ("desk_reverse", "desk_natural", "desk_random", "desk_unweighted", "desk_released"),
+            says="updating the last turn first beats the natural order, on the tool desk",
+            mechanism=("ratio drift", of("desk_reverse", "ratio_drift"), 0.2)),
+        "B": Claim(
+            "tool desk: all turns in one step", "desk",
+            ("desk_reverse", "desk_gspo_8", "desk_grpo_8", "desk_gspo_1", "desk_grpo_1"),
+            says="an update per turn beats GSPO with equally many steps, on the tool desk"),
+        "C": Claim(
+            "questions", "search",
+            ("question_reverse", "question_natural", "question_random", "question_unweighted",
+             "question_gspo_6", "question_grpo_6", "question_gspo_1"),
+            says="updating the last turn first beats the natural order, on questions",
+            mechanism=("ratio drift", of("question_reverse", "ratio_drift"), 0.2)),
+        "D": Claim("tool desk: what divides the advantage", "desk",
+                   ("desk_reverse", "desk_no_scale", "desk_group_std"))},
+    "archer": {
+        "A": Claim(
+            "1280 episodes: other scripts", "objects",
+            ("guess_archer", "guess_ppo", "guess_ms_grpo"), metric="return", best=-2.8,
+            says="ArCHer needs fewer episodes than PPO"),
+        "B": Claim(
+            "1280 episodes: the critic", "objects",
+            ("guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
+             "guess_uncentred"), metric="return", best=-2.8,
+            says="a large replay buffer helps")},
+}
+DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
+    ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
+    ("gigpo", "lake_gigpo", "Frozen Lake (default)"),
+    ("ufo", "retry_turns5", "retry math (default)"),
+    ("turn_budget", "think_turn", "think search (default)"),
+    ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
+    ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
+    ("st_ppo", "desk_st_ppo", "tool desk (default)"),
+    ("seeupo", "desk_reverse", "tool desk (default)"),
+    ("archer", "guess_archer", "twenty questions (default)")]
+PAIRS = {  # algo: arms that are compared besides, the claim's way
+    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
+               for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
+DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
+    "st_ppo": ["train_success", "clip_fraction", "clip_bias_norm", "clip_bias_norm_max",
+               "gradient_scale", "approx_kl", "entropy"]}
+CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
+    "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search",
+    "search": "search", "desk": "tool desk", "guess": "twenty questions"}
+LEVELS = (-11, -10, -9, -8)  # returns that ArCHer's table of episodes asks for
+EPISODES = 64  # in every iteration of these runs
+LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, "guess_ppo_long", *CLAIMS["archer"]["B"].arms[1:]]
+LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
+    "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
+    "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
+                 "late_turn_ppo", "late_s_ppo", "late_st_ppo", "heavy_s_triggered",
+                 "heavy_s_relative", "heavy_s_step", "heavy_small_rate", "heavy_small_norm",
+                 "heavy_target_kl"]}
+CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
+    "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
+            "eval_distinct_ratio": "distinct answers",
+            "eval_identical_failure": "failures that never changed the answer",
+            "eval_average_turns": "turns", "eval_in_range": "answers in range"},
+    "turn_budget": {"eval_success": "success", "eval_rounds_completed": "right hops",
+                    "eval_thought_tokens": "thought tokens per turn",
+                    "eval_tokens_per_success": "tokens per solved episode",
+                    "eval_forced_closes": "thoughts closed by the cap",
+                    "eval_overflowed": "context full",
+                    "eval_thought_share": "context that is thought",
+                    "eval_history_cost": "history cost"},
+}
+EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
+    "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
+    "gigpo": {"anchored_turns": ("mean", "turns with a partner"),
+              "groups_without_signal": ("mean", "groups without signal"),
+              "entropy": ("end", "entropy at the end")},
+    "ufo": {"groups_without_signal": ("mean", "groups without signal"),
+            "entropy": ("end", None), "repetition_part": ("end", None)},
+    "turn_budget": {"groups_without_signal": ("mean", "groups without signal"),
+                    "entropy": ("end", None), "turn_limit_first": ("end", None),
+                    "turn_limit_last": ("end", None)},
+    "igpo": {"groups_of_equal_outcome": ("mean", "groups of equal outcome"),
+             "groups_without_signal": ("mean", "groups without signal"),
+             "eval_turns": ("end", "turns at the end"), "eval_truncated": ("end", None)},
+    "tree_grpo": {"leaves_per_1000_tokens": ("mean", "leaves per 1000 tokens"),
+                  "row_tokens_per_sampled": ("mean", "row tokens per sampled"),
+                  "groups_without_signal": ("mean", "groups without signal"),
+                  "trees_without_signal": ("mean", "trees without signal"),
+                  "kept_share": ("mean", "kept"), "entropy": ("end", "entropy at the end"),
+                  "entropy_kept": ("mean", None), "clip_fraction": ("mean", None)},
+    "st_ppo": {"clip_fraction": ("mean", "clip fraction"),
+               "clip_bias_norm": ("mean", "norm of C"),
+               "scaled_steps": ("mean", "scaled steps"), "gradient_scale": ("mean", None),
+               "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
+               "explained_variance": ("mean", None), "grad_clipped": ("mean", None)},
+    "seeupo": {"weights_outside": ("mean", "M / A outside 0.8 .. 1.2"),
+               "ratio_drift": ("mean", "ratio drift"), "clip_fraction": ("mean", "clip fraction"),
+               "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
+               "groups_without_signal": ("mean", None)},
+    "archer": {"eval_invalid_actions": ("end", "invalid at the end"),
+               "fresh_tokens": ("mean", "fresh tokens per iteration"),
+               "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
+               "advantage_mean": ("end", None), "advantage_square": ("end", None)},
+}
