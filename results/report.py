@@ -163,19 +163,19 @@ def equal_tokens(rows: list[dict], arms: Sequence[str]) -> float:
     return min(column(rows, arm, "generated_tokens").min() for arm in arms)
 
 
-def judged(algo: str, claim: str) -> tuple[str, np.ndarray, list[judge.Check], str]:
-    """The primary comparison of a claim: moment, paired differences, checks, outcome."""
+def judged(algo: str, claim: str) -> tuple[np.ndarray, list[judge.Check], str]:
+    """The primary comparison of a claim: paired differences, checks, outcome."""
     it = CLAIMS[algo][claim]
     rows, values = read_claim(algo, claim)
     first, second = (values[arm] for arm in it.arms[:2])
-    moment = "tokens" if "tokens" in first else "end"
     [floor] = [row for row in read(ROOT / "results/floors.csv") if row["game"] == it.game]
-    checks = judge.regime(first["start"], second["end"], float(floor[it.metric]), it.best)
+    learned = column(rows, it.baseline or it.arms[1], f"{it.metric}_end")
+    checks = judge.regime(first["start"], learned, float(floor[it.metric]), it.best)
     if it.mechanism:
         words, value, least = it.mechanism
         checks.append(judge.acts(words, value(lambda *name: column(rows, *name).mean()), least))
-    differences = first[moment] - second[moment]
-    return moment, differences, checks, judge.verdict(differences, checks)
+    differences = first[it.at] - second[it.at]
+    return differences, checks, judge.verdict(differences, checks)
 
 
 def of_seeds(differences: np.ndarray) -> str:
@@ -204,10 +204,10 @@ def claim_table(algo: str, claim: str) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     moments = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run"}
     if it.says:
-        moment, differences, checks, outcome = judged(algo, claim)
+        differences, checks, outcome = judged(algo, claim)
         low, high = judge.interval(differences)
         lines.append(
-            f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {moments[moment]} "
+            f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {moments[it.at]} "
             f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], {of_seeds(differences)}: "
             f"**{outcome}**. Checks: " + "; ".join(map(str, checks)) + ".")
     lines.append("\nSecondary differences [95 % interval]:\n")
@@ -216,7 +216,7 @@ def claim_table(algo: str, claim: str) -> str:
     for first, second in pairs:
         parts = []
         for moment, words in moments.items():
-            primary = it.says and (first, second) == arms[:2] and moment == judged(algo, claim)[0]
+            primary = it.says and (first, second) == arms[:2] and moment == it.at
             if moment in heads and not primary:
                 differences = values[first][moment] - values[second][moment]
                 low, high = judge.interval(differences)
@@ -232,9 +232,9 @@ def verdicts_table() -> str:
     for algo, claims in CLAIMS.items():
         for name, it in claims.items():
             if it.says:
-                moment, differences, checks, outcome = judged(algo, name)
+                differences, checks, outcome = judged(algo, name)
                 low, high = judge.interval(differences)
-                where = "equal tokens" if moment == "tokens" else "the end"
+                where = "equal tokens" if it.at == "tokens" else "the end"
                 lines.append("| " + " | ".join([
                     ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
                     f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} at {where}",
@@ -246,13 +246,13 @@ def verdicts_table() -> str:
 def rule_table() -> str:
     """How often the rule errs without an effect and finds one, simulated (judge.py)."""
     effects = (0.5, 1.0, 1.5, 2.0)
-    lines = ["| seeds | called significant without any effect | found: "
+    lines = ["| seeds | without any effect | without any, a fifth of the runs collapses | "
              + " | ".join(f"effect {effect:g}" for effect in effects) + " |",
-             "|---" * (2 + len(effects)) + "|"]
+             "|---" * (3 + len(effects)) + "|"]
     for seeds in (5, 10):
-        found = [f"{judge.power(effect, seeds):.0%}" for effect in effects]
-        lines.append("| " + " | ".join([str(seeds), f"{judge.false_positives(seeds):.1%}", *found])
-                     + " |")
+        cells = [judge.false_positives(seeds), judge.false_positives(seeds, collapse=0.2),
+                 *(judge.power(effect, seeds) for effect in effects)]
+        lines.append("| " + " | ".join([str(seeds), *(f"{x:.0%}" for x in cells)]) + " |")
     return "\n".join(lines)
 
 

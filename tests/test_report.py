@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from conftest import ROOT
-from results import report
+from results import claims, judge, report
 
 
 def block(page: str, name: str) -> str:
@@ -19,7 +19,7 @@ def block(page: str, name: str) -> str:
 @pytest.mark.parametrize("algo", list(report.CLAIMS))
 def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
     rows = report.read(ROOT / f"results/{algo}.csv")
-    for claim, (_, _, arms) in report.CLAIMS[algo].items():
+    for claim, arms in ((name, it.arms) for name, it in report.CLAIMS[algo].items()):
         assert block(f"docs/{algo}.md", claim) == report.claim_table(algo, claim)
         if algo in report.CURVES:
             assert (block(f"docs/{algo}.md", f"{claim} at equal tokens")
@@ -31,6 +31,8 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
 def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/results.md", "results") == report.results_table()
     assert block("docs/results.md", "cross") == report.cross_table()
+    assert block("docs/results.md", "verdicts") == report.verdicts_table()
+    assert block("docs/results.md", "rule") == report.rule_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
     assert block("docs/gpu.md", "busy") == report.busy_table()
     assert block("docs/models.md", "models") == report.models_table()
@@ -62,12 +64,66 @@ def test_a_default_run_by_hand(monkeypatch):
     assert (run["minutes"], run["success_start"], run["success_end"]) == ("4.5", "0.13", "0.50")
 
 
-def test_bootstrap_and_verdict():
-    low, high = report.bootstrap(np.array([0.1, 0.2, 0.3]))
-    assert 0.1 <= low < 0.2 < high <= 0.3 and report.verdict(low, high) == "supported"
-    assert report.verdict(-0.2, -0.1) == "refuted" and report.verdict(-0.1, 0.1) == "inconclusive"
-    low, high = report.bootstrap(np.full(5, 0.5))
-    assert low == high == 0.5
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_without_an_effect_the_rule_errs_in_about_5_percent(seeds):
+    """Over all of `verdict`, with differences that are not normal either: uniform, and of a few runs that collapse."""
+    rng = np.random.default_rng(1)
+    draws = {"normal": rng.standard_normal, "uniform": rng.random,
+             "coarse": lambda shape: rng.integers(0, 9, shape) / 8.0}
+    for name, draw in draws.items():
+        differences = draw((4000, seeds)) - draw((4000, seeds))
+        wrong = np.mean([judge.verdict(row) != "inconclusive" for row in differences])
+        assert 0.03 < wrong < 0.07, (name, wrong)
+    assert judge.false_positives(10, collapse=0.2) < 0.07
+
+
+def test_the_quantile_of_t_is_that_of_the_tables():
+    for freedom, value in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045)):
+        assert judge.t_quantile(freedom) == pytest.approx(value, abs=5e-4)
+
+
+def test_a_failed_check_decides_before_the_interval():
+    clear = np.array([0.2, 0.21, 0.22])
+    fine, failed = judge.Check("a", True), judge.Check("b", False)
+    assert judge.verdict(clear, [fine]) == "supported" and judge.verdict(-clear, [fine]) == "refuted"
+    assert judge.verdict(clear, [fine, failed]) == "not testable here"
+
+
+@pytest.mark.parametrize("start, end, passed", [
+    ([0.2, 0.22], [0.6, 0.61], [True, True]), ([0.06, 0.06], [0.6, 0.61], [False, True]),  # floor 0.04, 0.03 of 0.96 above
+    ([0.07, 0.07], [0.6, 0.61], [True, True]), ([0.91, 0.91], [0.95, 0.951], [False, True]),
+    ([0.2, 0.22], [0.2, 0.6], [True, False]), ([0.6, 0.61], [0.2, 0.22], [True, False])])
+def test_the_checks_of_a_regime(start, end, passed):
+    assert [check.passed for check in judge.regime(np.array(start), np.array(end), 0.04, 1.0)] == passed
+
+
+def test_a_claim_judged_by_hand(monkeypatch):
+    """Differences 0.1, 0.2, 0.3 at the end; the baseline gains 0.5; the mechanism is seen in a column."""
+    rows = [{"arm": arm, "seed": seed, "success_start": "0.1", "success_end": end, "success_area": "0.3",
+             "generated_tokens": "1000", "optimizer_steps": "4", "seconds": "9", "drift": drift}
+            for arm, ends, drift in (("new", ("0.7", "0.8", "0.9"), "0.4"), ("old", ("0.6", "0.6", "0.6"), "0"))
+            for seed, end in zip("123", ends, strict=True)]
+    curves = [{"arm": "new", "seed": "1", "generated_tokens": "", "success": "0.1"}]
+    floors = [{"game": "toy", "success": "0.01", "return": "-5"}]
+    monkeypatch.setattr(report, "read", lambda path: {"toy": rows, "toy_curves": curves, "floors": floors}[path.stem])
+    drift = ("drift", lambda mean: mean("new", "drift"), 0.5)
+    for mechanism, outcome in ((None, "inconclusive"), (drift, "not testable here")):
+        claim = claims.Claim("t", "toy", ("new", "old"), says="new is better", at="end", mechanism=mechanism)
+        monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claim}})
+        differences, checks, found = report.judged("toy", "A")
+        assert differences == pytest.approx([0.1, 0.2, 0.3]) and found == outcome
+        assert [check.passed for check in checks] == [True, True] + [False] * (mechanism is not None)
+    text = report.claim_table("toy", "A")
+    assert "+0.200 [-0.048, +0.448], 3 seeds, provisional: **not testable here**" in text
+    assert "**no**: drift 0.4, at least 0.5" in text and "- `new` minus `old`: over the run +0.000" in text
+
+
+def test_every_claim_has_a_floor_and_arms_that_were_run():
+    games = {row["game"] for row in report.read(ROOT / "results/floors.csv")}
+    for algo, mine in report.CLAIMS.items():
+        runs = {row["arm"] for row in report.read(ROOT / f"results/{algo}.csv")}
+        for claim in mine.values():
+            assert claim.game in games and {*claim.arms, claim.baseline or claim.arms[0]} <= runs
 
 
 @pytest.mark.parametrize("success, collapsed", [
@@ -122,8 +178,9 @@ def test_the_table_of_models_by_hand(monkeypatch):
 
 
 def test_the_examples_of_the_tables():
-    found = doctest.testmod(report)
-    assert found.attempted >= 3 and not found.failed
+    for module, least in ((report, 3), (judge, 9)):
+        found = doctest.testmod(module)
+        assert found.attempted >= least and not found.failed
 
 
 def test_the_table_of_chat_models_by_hand(monkeypatch):
