@@ -204,7 +204,7 @@ cross() {  # cross ENVIRONMENT "SCRIPT=LEARNING_RATE .." FLAGS..
 }
 weak=(--warm-start-learning-rate 1e-3 --tiny-init-std 0.02)
 strong=(--warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
-cross desk "ms_grpo=3e-4 igpo=1e-4 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${strong[@]}" \
+cross desk "ms_grpo=3e-4 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" "${strong[@]}" \
     --env-id turnrl/ToolDesk-v0 --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 30000
 cross search "ms_grpo=3e-4 igpo=3e-4 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4 archer=1e-4" "${weak[@]}" \
     --env-id turnrl/SearchQA-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 90000

@@ -259,9 +259,10 @@ def main(args: Args) -> dict[str, float]:
         if "answer" not in start_episodes([env], [0])[0].start_info:
             stop(f"--env-id {args.env_id}: IGPO needs to know the right answer, and the "
                  "reset of the environment has none in info['answer']")
-        template = attribute(env, "answer_template", "{answer}")
+        template = attribute(env, "answer_template", "")  # how the policy would write the answer
         if "{answer}" not in str(template):
-            stop(f"--env-id {args.env_id}: its answer_template {template!r} has no {{answer}}")
+            stop(f"--env-id {args.env_id}: IGPO asks for the belief in a text such as 'answer "
+                 f"{{answer}}'; its answer_template is {template!r}")
         envs, policy = make_envs(args), load_policy(args)
         if policy.thinks:
             stop(f"--model {args.model}: its prompt opens a thought, in which no answer is heard; "

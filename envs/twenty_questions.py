@@ -61,6 +61,7 @@ class GuessingGame(TextEnv):
                              "0 to 1")
         self.question_share, self.informed_share = question_share, informed_share
         self.questions = list(next(iter(self.table.values())))
+        self.answer_template = self.guess_form.format("{answer}")
         self.guesses = {self.guess_form.format(thing): thing for thing in self.table}
         texts = [*self.questions, *self.guesses, *self.refused]
         self.known = {text.lower(): text for text in texts}

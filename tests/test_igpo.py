@@ -5,6 +5,7 @@ import csv
 import itertools
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -395,7 +396,20 @@ def test_a_thought_that_the_prompt_opens_and_a_template_without_the_answer_are_r
     with pytest.raises(SystemExit, match="2"):
         main(args)
     assert "its prompt opens a thought" in capsys.readouterr().err
-    monkeypatch.setattr("envs.search_qa.SearchQA.answer_template", "answer")
+    for template in ("answer", ""):
+        monkeypatch.setattr("envs.search_qa.SearchQA.answer_template", template)
+        with pytest.raises(SystemExit, match="2"):
+            main(args)
+        assert f"its answer_template is {template!r}" in capsys.readouterr().err
+
+
+def test_every_environment_with_an_answer_names_how_it_is_written_or_is_refused(tmp_path, capsys):
+    """A text that the policy never writes has no belief that means anything: the desk asks for commands, not answers."""
+    for env_id, template in (("TwentyQuestions", "Is the object a dog?"), ("GuessMyCity", "Is it paris?")):
+        env = gym.make(f"turnrl/{env_id}-v0").unwrapped
+        env.reset(seed=0, options={"answer": template.split()[-1].rstrip("?")})
+        assert env.step(env.answer_template.replace("{answer}", env.answer))[2], "it is the guess that ends the game"
+        assert env.answer_template.replace("{answer}", env.answer) == template
     with pytest.raises(SystemExit, match="2"):
-        main(args)
-    assert "its answer_template 'answer' has no {answer}" in capsys.readouterr().err
+        main(Args(env_id="turnrl/ToolDesk-v0", run_dir=str(tmp_path)))
+    assert "turnrl/ToolDesk-v0: IGPO asks for the belief in a text" in capsys.readouterr().err

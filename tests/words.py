@@ -18,6 +18,8 @@ class Words(TextEnv):
     Chance is in step(), from the environment's own generator; info tells what it has heard.
     """
 
+    answer_template = "{answer}"
+
     def __init__(self, max_turns=6, max_answers=6, feedback="unary", **kwargs):
         super().__init__(**kwargs)
         self.max_turns = max_turns
