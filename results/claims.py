@@ -25,13 +25,26 @@ class Claim:
     at: str = "tokens"  # equal tokens, or "end": the end of the runs
     best: float = 1.0  # the metric of perfect play
     baseline: str = ""  # the arm that has to learn; empty: the second
-    # what shows that the mechanism acts; its value, from means of columns; the least that counts
-    mechanism: tuple[str, Callable, float] | None = None
+    # of each: what shows that the addition is at work; its value, from means of columns; the least
+    mechanisms: tuple[tuple[str, Callable, float], ...] = ()
 
 
 def of(arm: str, column: str) -> Callable:
     """The mean of a column of results/<algo>.csv over an arm's seeds."""
     return lambda mean: mean(arm, column)
+
+
+def weights_outside(arm: str) -> tuple[str, Callable, float]:
+    """SeeUPO's order acts through M: what the turns already updated make of an advantage."""
+    return "episodes whose weight M / A leaves 0.8 .. 1.2:", of(arm, "weights_outside"), 0.2
+
+
+def collapse_and_cure(stress: str) -> tuple[tuple[str, Callable, float], ...]:
+    """ST-PPO: the steps hurt PPO, and its own rule scales some of them."""
+    return (("success that PPO loses by so many steps",
+             lambda mean: mean("desk_ppo", "success_end") - mean(f"{stress}_ppo", "success_end"),
+             0.2),
+            ("steps that are scaled", of(f"{stress}_st_ppo", "scaled_steps"), 0.1))
 
 
 def gain_of_a_hop(regime: str, belief: str = "log_prob") -> Callable:
@@ -69,9 +82,9 @@ CLAIMS = {  # algo: name of the table: claim
             "Frozen Lake: which episodes are trained on", "lake",
             ("lake_aaw", "lake_uniform", "lake_all"),
             says="drawing episodes by abs(advantage) beats drawing them evenly", at="end",
-            mechanism=("drawn advantage differs from that of an even draw by",
+            mechanisms=(("drawn advantage differs from that of an even draw by",
                        lambda mean: abs(mean("lake_aaw", "drawn_advantage")
-                                        - mean("lake_uniform", "drawn_advantage")), 0.1)),
+                                        - mean("lake_uniform", "drawn_advantage")), 0.1),)),
         "C2": Claim(
             "Snake: what a turn is credited with", "snake",
             ("snake_episode", "snake_step", "snake_return_to_go"), metric="return", at="end",
@@ -83,15 +96,15 @@ CLAIMS = {  # algo: name of the table: claim
             "Frozen Lake: what a turn is compared with", "lake",
             ("lake_gigpo", "lake_episode", "lake_no_anchors", "lake_mean"),
             says="comparing turns that saw the same helps on small lakes", at="end",
-            mechanism=("turns with a partner", of("lake_gigpo", "anchored_turns"), 0.2)),
+            mechanisms=(("turns with a partner", of("lake_gigpo", "anchored_turns"), 0.2),)),
         "B": Claim(
             "lakes of 6x6", "large lake", ("large_gigpo", "large_episode", "large_no_anchors"),
             says="comparing turns that saw the same helps on large lakes", at="end",
-            mechanism=("turns with a partner", of("large_gigpo", "anchored_turns"), 0.2)),
+            mechanisms=(("turns with a partner", of("large_gigpo", "anchored_turns"), 0.2),)),
         "C": Claim(
             "tool desk", "desk", ("desk_gigpo", "desk_episode", "desk_no_anchors"),
             says="comparing turns that saw the same helps on the tool desk", at="end",
-            mechanism=("turns with a partner", of("desk_gigpo", "anchored_turns"), 0.2))},
+            mechanisms=(("turns with a partner", of("desk_gigpo", "anchored_turns"), 0.2),))},
     "ufo": {
         "C1": Claim(
             "answers allowed in training", "retry, 5 answers", ("retry_turns5", "retry_turns1"),
@@ -99,47 +112,45 @@ CLAIMS = {  # algo: name of the table: claim
         "C2": Claim(
             "feedback, decay, penalty", "retry, 5 answers",
             ("retry_turns5", "retry_no_penalty", "retry_blank", "retry_linear", "retry_constant"),
-            says="a penalty for repeated answers helps",
-            mechanism=("repeated answers that the penalty met",
-                       of("retry_turns5", "repetition_part"), 0.02))},
+            says="a penalty for repeated answers helps")},
     "turn_budget": {
         "A": Claim(
             "what closes a thought", "think",
             ("think_turn", "think_none", "think_episode", "think_turn_drop", "think_none_drop"),
-            says="training with a cap on every turn's thought beats training without"),
+            says="training and playing with a cap on every thought beats both without one"),
         "B": Claim(
             "turn limits", "turns", ("limit_dynamic", "limit_none", "limit_fixed"),
             says="a limit on the turns that is extended on demand beats none",
-            mechanism=("turns that the limit takes away",
+            mechanisms=(("turns that the limit takes away",
                        lambda mean: (mean("limit_none", "turn_limit_last")
-                                     - mean("limit_dynamic", "turn_limit_last")), 1))},
+                                     - mean("limit_dynamic", "turn_limit_last")), 1),))},
     "igpo": {
         "C1": Claim(
             "middle: 2 to 3 hops", "search",
             ("middle_both", "middle_outcome", "middle_gain", "middle_prob"),
             says="gain and outcome beat the outcome alone, where it is not rare",
-            mechanism=("mean gain of a right hop before the last", gain_of_a_hop("middle"), 0)),
+            mechanisms=(("mean gain of a right hop before the last", gain_of_a_hop("middle"), 0),)),
         "C2": Claim(
             "sparse: 3 hops, more noise", "search",
             ("sparse_both", "sparse_outcome", "sparse_gain", "sparse_prob"),
             says="gain and outcome beat the outcome alone, where it is rare",
-            mechanism=("mean gain of a right hop before the last", gain_of_a_hop("sparse"), 0)),
+            mechanisms=(("mean gain of a right hop before the last", gain_of_a_hop("sparse"), 0),)),
         "C3": Claim("hopeless: 4 hops", "search", ("hopeless_both", "hopeless_outcome"))},
     "tree_grpo": {
         "A": Claim(
             "trees or chains (all tokens)", "search",
             ("tree_all", "tree_chains4", "tree_chains6", "tree_intra", "tree_inter"),
             says="trees beat chains",
-            mechanism=("trees whose leaves differ",
-                       lambda mean: 1 - mean("tree_all", "trees_without_signal"), 0.2)),
+            mechanisms=(("trees whose leaves differ",
+                       lambda mean: 1 - mean("tree_all", "trees_without_signal"), 0.2),)),
         "B": Claim(
             "share of tokens kept (trees)", "search",
             ("tree_top20", "tree_all", "tree_top50", "tree_top10", "tree_bottom80"),
             says="the fifth of the tokens with the highest entropy does better than all",
-            mechanism=("tokens kept of an answer",
+            mechanisms=(("tokens kept of an answer",
                        lambda mean: (mean("tree_top20", "kept_share")
                                      * mean("tree_top20", "generated_tokens")
-                                     / mean("tree_top20", "environment_steps")), 2))},
+                                     / mean("tree_top20", "environment_steps")), 2),))},
     "st_ppo": {
         "A": Claim("2 steps per batch", "desk",
                    ("desk_st_ppo", "desk_ppo", "desk_s_ppo", "desk_turn_ppo")),
@@ -148,13 +159,13 @@ CLAIMS = {  # algo: name of the table: claim
             ("heavy_st_ppo", "heavy_ppo", "heavy_s_ppo", "heavy_turn_ppo"),
             says="turn-level ratios and the clip-bias correction prevent the collapse of PPO "
                  "on fresh batches", baseline="desk_ppo",
-            mechanism=("clipped tokens", of("heavy_ppo", "clip_fraction"), 0.05)),
+            mechanisms=collapse_and_cure("heavy")),
         "C": Claim(
             "32 steps, batches 2 iterations old", "desk",
             ("late_st_ppo", "late_ppo", "late_s_ppo", "late_turn_ppo"),
             says="turn-level ratios and the clip-bias correction prevent the collapse of PPO "
                  "on late batches", baseline="desk_ppo",
-            mechanism=("clipped tokens", of("late_ppo", "clip_fraction"), 0.05)),
+            mechanisms=collapse_and_cure("late")),
         "D": Claim("32 steps: how s_ppo scales", "desk",
                    ("heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step")),
         "E": Claim("32 steps: other cures", "desk",
@@ -164,24 +175,25 @@ CLAIMS = {  # algo: name of the table: claim
             "tool desk: order and weights", "desk",
             ("desk_reverse", "desk_natural", "desk_random", "desk_unweighted", "desk_released"),
             says="updating the last turn first beats the natural order, on the tool desk",
-            mechanism=("ratio drift", of("desk_reverse", "ratio_drift"), 0.2)),
+            mechanisms=(weights_outside("desk_reverse"),)),
         "B": Claim(
             "tool desk: all turns in one step", "desk",
             ("desk_reverse", "desk_gspo_8", "desk_grpo_8", "desk_gspo_1", "desk_grpo_1"),
-            says="an update per turn beats GSPO with equally many steps, on the tool desk"),
+            says="an update per turn beats GSPO with equally many steps, on the tool desk",
+            mechanisms=(weights_outside("desk_reverse"),)),
         "C": Claim(
             "questions", "search",
             ("question_reverse", "question_natural", "question_random", "question_unweighted",
              "question_gspo_6", "question_grpo_6", "question_gspo_1"),
             says="updating the last turn first beats the natural order, on questions",
-            mechanism=("ratio drift", of("question_reverse", "ratio_drift"), 0.2)),
+            mechanisms=(weights_outside("question_reverse"),)),
         "D": Claim("tool desk: what divides the advantage", "desk",
                    ("desk_reverse", "desk_no_scale", "desk_group_std"))},
     "archer": {
         "A": Claim(
             "1280 episodes: other scripts", "objects",
             ("guess_archer", "guess_ppo", "guess_ms_grpo"), metric="return", at="end", best=-2.8,
-            says="ArCHer needs fewer episodes than PPO"),
+            says="ArCHer returns more than PPO after equally many episodes"),
         "B": Claim(
             "1280 episodes: the critic", "objects",
             ("guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
@@ -199,6 +211,8 @@ DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("seeupo", "desk_reverse", "tool desk (default)"),
     ("archer", "guess_archer", "twenty questions (default)")]
 PAIRS = {  # algo: arms that are compared besides, the claim's way
+    "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "top10", "bottom80")],
+    "turn_budget": [("limit_none", "limit_fixed"), ("think_none", "think_none_drop")],
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
                for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv

@@ -1,15 +1,16 @@
 """When a difference between two arms counts: the rule behind every verdict in docs/.
 
 Two arms are run with the same seeds. Their differences, seed by seed, give a paired t interval.
-Every claim names one comparison as the primary one, before its runs are made; it should have 10
-seeds. All other comparisons of a claim are secondary. A claim has one of four outcomes:
+Every claim names one comparison as the primary one, before its runs are made, with 10 seeds. All
+other comparisons of a claim are secondary. A claim has one of four outcomes:
 
 supported, refuted   the 95 % interval of the primary difference lies above or below 0
 inconclusive         the interval holds 0
 not testable here    the regime cannot answer, whatever the interval says: a check failed
 
-The checks: the start is above what guessing earns and below what is possible, the baseline learns,
-and the mechanism acts. report.py prints them beside the result.
+The checks: the start is above what random play earns and below what is possible, the baseline
+learns, and, where it can be measured, what the algorithm adds is at work. report.py prints them
+beside the result.
 """
 
 import functools
@@ -27,7 +28,7 @@ class Check(NamedTuple):
     passed: bool
 
     def __str__(self) -> str:
-        return self.words if self.passed else f"**no**: {self.words}"
+        return self.words if self.passed else f"**failed**: {self.words}"
 
 
 @functools.cache
@@ -68,36 +69,42 @@ def verdict(differences: Sequence[float], checks: Sequence[Check] = ()) -> str:
     return "supported" if low > 0 else "refuted" if high < 0 else "inconclusive"
 
 
-def regime(start: np.ndarray, baseline_end: np.ndarray, floor: float, best: float) -> list[Check]:
+def regime(start: np.ndarray, gains: np.ndarray, floor: float, best: float,
+           baseline: str = "the baseline") -> list[Check]:
     """Whether a regime leaves room, and whether its baseline learns.
 
     Args:
         start: the metric of every seed before training.
-        baseline_end: the metric of every seed of the baseline arm after training.
-        floor, best: what blind guessing earns, and perfect play.
+        gains: what every seed of the baseline gained in training.
+        floor, best: what random play earns, and perfect play.
+        baseline: its name.
 
     The start must lie above the floor by 3 % of the way to the best and leave 10 % of it to learn.
     The baseline learns if the 95 % interval of its gain lies above 0.
 
-    >>> [str(check) for check in regime(np.array([0.2, 0.2]), np.array([0.6, 0.61]), 0.04, 1.0)]
-    ['start 0.20, guessing 0.04, best 1.00', 'baseline gains [+0.34, +0.47]']
-    >>> [str(check) for check in regime(np.array([0.05, 0.04]), np.array([0.6, 0.1]), 0.04, 1.0)]
-    ['**no**: start 0.04, guessing 0.04, best 1.00', '**no**: baseline gains [-2.81, +3.42]']
+    >>> for check in regime(np.array([0.2, 0.2]), np.array([0.4, 0.41]), 0.04, 1.0):
+    ...     print(check)
+    the start 0.20 must lie between random play 0.04 and the best 1.00
+    the baseline must gain: [+0.34, +0.47]
+    >>> for check in regime(np.array([0.05, 0.04]), np.array([0.5, 0.1]), 0.04, 1.0, "`ppo`"):
+    ...     print(check)
+    **failed**: the start 0.04 must lie between random play 0.04 and the best 1.00
+    **failed**: `ppo` must gain: [-2.24, +2.84]
     """
     mean, room = float(np.mean(start)), best - floor
-    low, high = interval(baseline_end - start)
-    return [Check(f"start {mean:.2f}, guessing {floor:.2f}, best {best:.2f}",
-                  floor + 0.03 * room <= mean <= best - 0.1 * room),
-            Check(f"baseline gains [{low:+.2f}, {high:+.2f}]", low > 0)]
+    low, high = interval(gains)
+    return [Check(f"the start {mean:.2f} must lie between random play {floor:.2f} and the best "
+                  f"{best:.2f}", floor + 0.03 * room <= mean <= best - 0.1 * room),
+            Check(f"{baseline} must gain: [{low:+.2f}, {high:+.2f}]", low > 0)]
 
 
 def acts(mechanism: str, seen: float, least: float) -> Check:
     """Whether what an algorithm adds is at work at all.
 
     >>> str(acts("ratio drift", 0.008, 0.2))
-    '**no**: ratio drift 0.008, at least 0.2'
+    '**failed**: ratio drift 0.008, needed 0.2'
     """
-    return Check(f"{mechanism} {seen:.2g}, at least {least:g}", seen >= least)
+    return Check(f"{mechanism} {seen:.2g}, needed {least:g}", seen >= least)
 
 
 def false_positives(seeds: int, collapse: float = 0.0, trials: int = 20_000) -> float:

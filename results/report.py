@@ -143,19 +143,31 @@ def at_tokens(curves: list[dict[str, str]], arm: str, metric: str, tokens: float
     return np.array(values)
 
 
-def read_claim(algo: str, claim: str) -> tuple[list[dict], dict[str, dict[str, np.ndarray]]]:
-    """The runs of an algorithm, and the metric of a claim: arm -> moment -> value of every seed."""
+def read_claim(algo: str, claim: str):
+    """Runs and curves of an algorithm, and a metric: arm -> moment -> value of every seed."""
     metric, arms = CLAIMS[algo][claim].metric, CLAIMS[algo][claim].arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
     if len({tuple(column(rows, arm, "seed")) for arm in arms}) > 1:  # they are compared in pairs
         raise SystemExit(f"results/{algo}.csv: the arms of claim {claim} have different seeds")
     values = {arm: {name: column(rows, arm, f"{metric}_{name}")
                     for name in ("start", "end", "area")} for arm in arms}
-    if all(row["generated_tokens"] for row in curves if row["arm"] in arms):
-        tokens = equal_tokens(rows, arms)
-        for arm in arms:
-            values[arm]["tokens"] = at_tokens(curves, arm, metric, tokens)
-    return rows, values
+    return rows, curves, values
+
+
+def difference(algo: str, claim: str, first: str, second: str, moment: str) -> np.ndarray | None:
+    """The metric of one arm minus that of another, of every seed; None if it was not recorded.
+
+    moment: start, end, area (mean over the run), or tokens: when the shorter of the two runs ends.
+    """
+    rows, curves, values = read_claim(algo, claim)
+    if moment != "tokens":
+        return values[first][moment] - values[second][moment]
+    if not all(row["generated_tokens"] for row in curves if row["arm"] in (first, second)):
+        return None
+    tokens = equal_tokens(rows, (first, second))
+    one, other = (at_tokens(curves, arm, CLAIMS[algo][claim].metric, tokens)
+                  for arm in (first, second))
+    return one - other
 
 
 def equal_tokens(rows: list[dict], arms: Sequence[str]) -> float:
@@ -166,15 +178,15 @@ def equal_tokens(rows: list[dict], arms: Sequence[str]) -> float:
 def judged(algo: str, claim: str) -> tuple[np.ndarray, list[judge.Check], str]:
     """The primary comparison of a claim: paired differences, checks, outcome."""
     it = CLAIMS[algo][claim]
-    rows, values = read_claim(algo, claim)
-    first, second = (values[arm] for arm in it.arms[:2])
+    rows, _, values = read_claim(algo, claim)
     [floor] = [row for row in read(ROOT / "results/floors.csv") if row["game"] == it.game]
-    learned = column(rows, it.baseline or it.arms[1], f"{it.metric}_end")
-    checks = judge.regime(first["start"], learned, float(floor[it.metric]), it.best)
-    if it.mechanism:
-        words, value, least = it.mechanism
+    baseline = it.baseline or it.arms[1]
+    start, end = (column(rows, baseline, f"{it.metric}_{name}") for name in ("start", "end"))
+    checks = judge.regime(values[it.arms[0]]["start"], end - start, float(floor[it.metric]),
+                          it.best, f"`{baseline}`")
+    for words, value, least in it.mechanisms:
         checks.append(judge.acts(words, value(lambda *name: column(rows, *name).mean()), least))
-    differences = first[it.at] - second[it.at]
+    differences = difference(algo, claim, *it.arms[:2], it.at)
     return differences, checks, judge.verdict(differences, checks)
 
 
@@ -186,10 +198,8 @@ def claim_table(algo: str, claim: str) -> str:
     """The table of a claim, its verdict with the checks, and all other comparisons."""
     it = CLAIMS[algo][claim]
     arms = it.arms
-    rows, values = read_claim(algo, claim)
+    rows, _, values = read_claim(algo, claim)
     heads = {"start": f"{it.metric} at start", "end": "at the end", "area": "mean over the run"}
-    if "tokens" in values[arms[0]]:
-        heads["tokens"] = f"after {equal_tokens(rows, arms) / 1000:.0f}k tokens"
     extra = {name: head for name, (_, head) in EXTRA.get(algo, {}).items() if head}
     names = ["arm", "seeds", *heads.values(), *extra.values(), "optimizer steps",
              "generated tokens", "seconds"]
@@ -210,15 +220,15 @@ def claim_table(algo: str, claim: str) -> str:
             f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {moments[it.at]} "
             f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], {of_seeds(differences)}: "
             f"**{outcome}**. Checks: " + "; ".join(map(str, checks)) + ".")
-    lines.append("\nSecondary differences [95 % interval]:\n")
+    lines.append(f"\n{'Secondary differences' if it.says else 'Differences'} [95 % interval]:\n")
     pairs = [(arms[0], arm) for arm in arms[1:]]
     pairs += [pair for pair in PAIRS.get(algo, []) if set(pair) <= set(arms)]
     for first, second in pairs:
         parts = []
         for moment, words in moments.items():
+            differences = difference(algo, claim, first, second, moment)
             primary = it.says and (first, second) == arms[:2] and moment == it.at
-            if moment in heads and not primary:
-                differences = values[first][moment] - values[second][moment]
+            if differences is not None and not primary:
                 low, high = judge.interval(differences)
                 parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append(f"- `{first}` minus `{second}`: " + "; ".join(parts))
@@ -246,8 +256,8 @@ def verdicts_table() -> str:
 def rule_table() -> str:
     """How often the rule errs without an effect and finds one, simulated (judge.py)."""
     effects = (0.5, 1.0, 1.5, 2.0)
-    lines = ["| seeds | without any effect | without any, a fifth of the runs collapses | "
-             + " | ".join(f"effect {effect:g}" for effect in effects) + " |",
+    lines = ["| seeds | errs without an effect | errs if also every fifth run collapses | "
+             + " | ".join(f"finds an effect of {effect:g}" for effect in effects) + " |",
              "|---" * (3 + len(effects)) + "|"]
     for seeds in (5, 10):
         cells = [judge.false_positives(seeds), judge.false_positives(seeds, collapse=0.2),

@@ -94,7 +94,7 @@ def test_a_failed_check_decides_before_the_interval():
     ([0.07, 0.07], [0.6, 0.61], [True, True]), ([0.91, 0.91], [0.95, 0.951], [False, True]),
     ([0.2, 0.22], [0.2, 0.6], [True, False]), ([0.6, 0.61], [0.2, 0.22], [True, False])])
 def test_the_checks_of_a_regime(start, end, passed):
-    assert [check.passed for check in judge.regime(np.array(start), np.array(end), 0.04, 1.0)] == passed
+    assert [check.passed for check in judge.regime(np.array(start), np.subtract(end, start), 0.04, 1.0)] == passed
 
 
 def test_a_claim_judged_by_hand(monkeypatch):
@@ -107,15 +107,15 @@ def test_a_claim_judged_by_hand(monkeypatch):
     floors = [{"game": "toy", "success": "0.01", "return": "-5"}]
     monkeypatch.setattr(report, "read", lambda path: {"toy": rows, "toy_curves": curves, "floors": floors}[path.stem])
     drift = ("drift", lambda mean: mean("new", "drift"), 0.5)
-    for mechanism, outcome in ((None, "inconclusive"), (drift, "not testable here")):
-        claim = claims.Claim("t", "toy", ("new", "old"), says="new is better", at="end", mechanism=mechanism)
+    for mechanism, outcome in (((), "inconclusive"), ((drift,), "not testable here")):
+        claim = claims.Claim("t", "toy", ("new", "old"), says="new is better", at="end", mechanisms=mechanism)
         monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claim}})
         differences, checks, found = report.judged("toy", "A")
         assert differences == pytest.approx([0.1, 0.2, 0.3]) and found == outcome
-        assert [check.passed for check in checks] == [True, True] + [False] * (mechanism is not None)
+        assert [check.passed for check in checks] == [True, True] + [False] * len(mechanism)
     text = report.claim_table("toy", "A")
     assert "+0.200 [-0.048, +0.448], 3 seeds, provisional: **not testable here**" in text
-    assert "**no**: drift 0.4, at least 0.5" in text and "- `new` minus `old`: over the run +0.000" in text
+    assert "**failed**: drift 0.4, needed 0.5" in text and "- `new` minus `old`: over the run +0.000" in text
 
 
 def test_every_claim_has_a_floor_and_arms_that_were_run():

@@ -1,9 +1,10 @@
-"""What blind guessing earns in the games of the claims: the floor that a start must be above.
+"""What random play earns in the games of the claims: the floor that a start must be above.
 
     python tests/benchmarks/floors.py            about a minute
 
-The player writes readable actions, drawn uniformly and with repeats, and looks at nothing. It plays
-held-out instances with the settings of an evaluation. Writes results/floors.csv.
+The player knows how an action is written and nothing else: it draws one uniformly, without looking
+at the observation, as often as the game lets it. It plays held-out instances with the settings of an
+evaluation. Writes results/floors.csv.
 """
 
 import csv
@@ -17,57 +18,62 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import envs  # noqa: F401  registers the games
 from envs.text_env import EVALUATION_SEEDS
+from envs.tool_desk import DONE, ITEMS, NUMBERS
 
 EPISODES = 4000
 
 
-def among_legal_actions(env, info, rng) -> str:
-    return str(rng.choice(info["legal_actions"]))
-
-
-def any_move(env, info, rng) -> str:
+def move(env, rng) -> str:
     return str(rng.choice(["up", "down", "left", "right"]))
 
 
-def any_number(env, info, rng) -> str:
-    low, high = env.candidates
-    return f"<answer>{rng.integers(low, high + 1)}</answer>"
+def number(env, rng) -> str:
+    return f"<answer>{rng.integers(10)}</answer>"  # all answers of levels 1 to 3
 
 
-def any_page(env, info, rng) -> str:
+def page(env, rng) -> str:
     return f"sum so go {rng.integers(5)}"
 
 
-def any_name(env, info, rng) -> str:
+def search_or_answer(env, rng) -> str:
+    if rng.random() < 0.5:
+        return f"search {rng.choice(env.names)} {rng.choice(env.relations)}"
     return " ".join(["answer", *rng.choice(env.names, size=len(env.paths))])
 
 
-def any_thing(env, info, rng) -> str:
-    return env.guess_form.format(rng.choice(list(env.table)))
+def command(env, rng) -> str:
+    verb = rng.choice(["login", "list", "find", "confirm", "finish", *DONE])
+    if verb == "find":
+        return f"find {rng.choice(ITEMS)}"
+    return verb if verb in ("list", "confirm", "finish") else f"{verb} {rng.choice(NUMBERS)}"
+
+
+def question(env, rng) -> str:
+    return str(rng.choice([*env.questions, *env.guesses]))
 
 
 GAMES = {  # name: environment, settings, what it does
-    "lake": ("turnrl/FrozenLake-v0", {}, any_move),
-    "large lake": ("turnrl/FrozenLake-v0", {"size": 6, "max_turns": 16}, any_move),
-    "snake": ("turnrl/Snake-v0", {}, any_move),
-    "retry, 1 answer": ("turnrl/RetryMath-v0", {"max_answers": 1}, any_number),
-    "retry, 5 answers": ("turnrl/RetryMath-v0", {}, any_number),
-    "think": ("turnrl/ThinkSearch-v0", {}, any_page),
-    "turns": ("turnrl/ThinkSearch-v0", {"regime": "turns"}, any_page),
-    "search": ("turnrl/SearchQA-v0", {}, any_name),
-    "parts": ("turnrl/SearchQA-v0", {"regime": "parts"}, any_name),
-    "desk": ("turnrl/ToolDesk-v0", {}, among_legal_actions),
-    "objects": ("turnrl/TwentyQuestions-v0", {}, any_thing),
+    "lake": ("turnrl/FrozenLake-v0", {}, move),
+    "large lake": ("turnrl/FrozenLake-v0", {"size": 6, "max_turns": 16}, move),
+    "snake": ("turnrl/Snake-v0", {}, move),
+    "retry, 1 answer": ("turnrl/RetryMath-v0", {"max_answers": 1}, number),
+    "retry, 5 answers": ("turnrl/RetryMath-v0", {}, number),
+    "think": ("turnrl/ThinkSearch-v0", {}, page),
+    "turns": ("turnrl/ThinkSearch-v0", {"regime": "turns"}, page),
+    "search": ("turnrl/SearchQA-v0", {}, search_or_answer),
+    "parts": ("turnrl/SearchQA-v0", {"regime": "parts"}, search_or_answer),
+    "desk": ("turnrl/ToolDesk-v0", {}, command),
+    "objects": ("turnrl/TwentyQuestions-v0", {}, question),
 }
 
 
-def play(env: gym.Env, guess, seed: int) -> tuple[bool, float]:
+def play(env: gym.Env, action, seed: int) -> tuple[bool, float]:
     """Success and return of one episode."""
     rng = np.random.default_rng(seed)
-    _, info = env.reset(seed=EVALUATION_SEEDS + seed)
+    env.reset(seed=EVALUATION_SEEDS + seed)
     total, ended = 0.0, False
     while not ended:
-        _, reward, terminated, truncated, info = env.step(guess(env, info, rng))
+        _, reward, terminated, truncated, info = env.step(action(env, rng))
         total, ended = total + float(reward), terminated or truncated
     return bool(info["success"]), total
 
@@ -76,10 +82,10 @@ def main():
     with open(ROOT / "results/floors.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["game", "success", "return", "episodes"])
-        for name, (env_id, settings, guess) in GAMES.items():
+        for name, (env_id, settings, action) in GAMES.items():
             env = gym.make(env_id, disable_env_checker=True).unwrapped
             env = type(env)(**settings, **env.evaluation_kwargs)
-            played = [play(env, guess, seed) for seed in range(EPISODES)]
+            played = [play(env, action, seed) for seed in range(EPISODES)]
             row = [name, *(f"{np.mean(column):.4f}" for column in zip(*played, strict=True)), EPISODES]
             print(*row)
             writer.writerow(row)
