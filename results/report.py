@@ -237,8 +237,8 @@ def claim_table(algo: str, claim: str) -> str:
 
 def verdicts_table() -> str:
     """Every claim with its primary comparison, its checks and its outcome."""
-    lines = ["| algorithm | claim | outcome | primary comparison [95 % interval] | seeds | checks |",
-             "|---" * 6 + "|"]
+    heads = ["algorithm", "claim", "outcome", "primary comparison [95 %]", "seeds", "checks"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for algo, claims in CLAIMS.items():
         for name, it in claims.items():
             if it.says:
@@ -247,7 +247,8 @@ def verdicts_table() -> str:
                 where = "equal tokens" if it.at == "tokens" else "the end"
                 lines.append("| " + " | ".join([
                     ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
-                    f"**{outcome}**", f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} at {where}: "
+                    f"**{outcome}**",
+                    f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} at {where}: "
                     f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
                     of_seeds(differences), "; ".join(map(str, checks))]) + " |")
     return "\n".join(lines)
