@@ -536,22 +536,53 @@ def pretrained_table() -> str:
     return "\n".join(lines)
 
 
+def plateau_table() -> str:
+    """results/pretrained_curves.csv: success of the runs equal_* after equally many tokens."""
+    rows = [{**row, "arm": row["run"], "success": row["eval_success"]}
+            for row in read(ROOT / "results/pretrained_curves.csv")
+            if row["run"].startswith("equal_")]
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    moments = (0, 4000, 8000, 11000)
+    lines = ["| run | " + " | ".join(f"after {tokens:,} tokens" for tokens in moments)
+             + f" | each seed at the end | minus `{runs[0]}` [95 %] |",
+             "|---" * (3 + len(moments)) + "|"]
+    ends = {run: at_tokens(rows, run, "success", moments[-1]) for run in runs}
+    for run in runs:
+        cells = [f"{at_tokens(rows, run, 'success', tokens).mean():.2f}" for tokens in moments]
+        cells.append(", ".join(f"{x:.2f}" for x in ends[run]))
+        differences = ends[run] - ends[runs[0]]
+        low, high = judge.interval(differences)
+        against = f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+        cells.append("" if run == runs[0] else against)
+        lines.append("| " + " | ".join([f"`{run}`", *cells]) + " |")
+    lines.append(f"\nSeeds {', '.join(seeds)}.")
+    return "\n".join(lines)
+
+
 def pretrained_figure(path: Path):
-    """Success of every seed of every run over its training time, a panel per game."""
+    """Success of every seed of every run: a panel per game over the time, and one over the tokens
+    for the runs equal_*, of which two shared the cores."""
     rows = read(ROOT / "results/pretrained_curves.csv")
+    panels: dict[str, list[str]] = {}
     games = {row["run"]: row["game"] for row in read(ROOT / "results/pretrained.csv")}
-    names = list(dict.fromkeys(games.values()))
-    figure = Figure((4.2 * len(names), 3.4), layout="constrained")
-    for axis, game in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
-        for color, run in enumerate(name for name in games if games[name] == game):
+    for run, game in games.items():
+        name = "search, equal tokens" if run.startswith("equal_") else game.replace("_", " ")
+        panels.setdefault(name, []).append(run)
+    figure = Figure((4.2 * len(panels), 3.4), layout="constrained")
+    axes = np.ravel(figure.subplots(1, len(panels)))
+    for axis, (name, runs) in zip(axes, panels.items(), strict=True):
+        by_tokens = name.endswith("tokens")
+        for color, run in enumerate(runs):
             mine = [row for row in rows if row["run"] == run]
             for n, seed in enumerate(dict.fromkeys(row["seed"] for row in mine)):
                 points = [row for row in mine if row["seed"] == seed]
-                axis.plot([float(row["seconds"]) / 60 for row in points],
-                          [float(row["eval_success"]) for row in points], f"C{color}.-",
+                x = [float(row["generated_tokens"]) / 1000 if by_tokens
+                     else float(row["seconds"]) / 60 for row in points]
+                axis.plot(x, [float(row["eval_success"]) for row in points], f"C{color}.-",
                           label="" if n else run)
-        axis.set(title=game.replace("_", " "), xlabel="minutes", ylabel="success",
-                 xlim=(0, None), ylim=(0, 1))
+        axis.set(title=name, xlabel="generated tokens, thousands" if by_tokens else "minutes",
+                 ylabel="success", xlim=(0, None), ylim=(0, 1))
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -623,6 +654,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
+    replace_block(ROOT / "docs/pretrained.md", "plateau", plateau_table())
     replace_block(ROOT / "docs/gpu.md", "memory", memory_table())
     replace_block(ROOT / "docs/gpu.md", "computed memory", computed_memory_table())
     pretrained_figure(ROOT / "docs/figures/pretrained.png")
