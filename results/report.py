@@ -522,7 +522,7 @@ def pretrained_table() -> str:
     """results/pretrained.csv, made by tests/benchmarks/pretrained.py: a row per script and game."""
     rows = read(ROOT / "results/pretrained.csv")
     lines = ["| run | script | game | imitation steps | seeds | success, start | end | "
-             "unreadable, start | end | minutes |", "|---" * 10 + "|"]
+             "unreadable, start | end | silent groups | minutes |", "|---" * 11 + "|"]
     for run in dict.fromkeys(row["run"] for row in rows):
         mine = [row for row in rows if row["run"] == run]
 
@@ -532,7 +532,8 @@ def pretrained_table() -> str:
         lines.append("| " + " | ".join([
             f"`{run}`", mine[0]["script"], mine[0]["game"].replace("_", " "),
             mine[0]["warm_start_steps"], str(len(mine)), cell("success_start"),
-            cell("success_end"), cell("unreadable_start"), cell("unreadable_end"), minutes]) + " |")
+            cell("success_end"), cell("unreadable_start"), cell("unreadable_end"),
+            cell("silent_groups"), minutes]) + " |")
     return "\n".join(lines)
 
 

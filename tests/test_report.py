@@ -41,6 +41,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/gpu.md", "memory") == report.memory_table()
     assert block("docs/gpu.md", "computed memory") == report.computed_memory_table()
     assert block("docs/pretrained.md", "pretrained") == report.pretrained_table()
+    assert block("docs/pretrained.md", "plateau") == report.plateau_table()
     for name, arms in report.LADDERS.items():
         assert block("docs/st_ppo.md", name) == report.collapse_table("st_ppo", arms)
     assert block("docs/archer.md", "levels") == report.levels_table("archer", report.LEVEL_ARMS)
@@ -187,12 +188,24 @@ def test_the_table_of_chat_models_by_hand(monkeypatch):
     """Two seeds of one run, one of another: means, ranges, and minutes of 60 seconds."""
     def row(run, seed, end, seconds):
         return {"run": run, "seed": seed, "script": "igpo", "game": "tool_desk", "warm_start_steps": "10", "success_start": "0.25",
-                "success_end": end, "unreadable_start": "0.5", "unreadable_end": "0", "seconds": seconds}
+                "success_end": end, "unreadable_start": "0.5", "unreadable_end": "0", "silent_groups": "0.25", "seconds": seconds}
     monkeypatch.setattr(report, "read", lambda path: [row("a", "1", "0.5", "60"), row("b", "1", "1", "90"), row("a", "2", "0.75", "180")])
     assert report.pretrained_table().splitlines()[2:] == [
         "| `a` | igpo | tool desk | 10 | 2 | 0.25 (0.25 to 0.25) | 0.62 (0.50 to 0.75) | 0.50 (0.50 to 0.50) | 0.00 (0.00 to 0.00) "
-        "| 2.0 (1.0 to 3.0) |",
-        "| `b` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 | 1.5 |"]
+        "| 0.25 (0.25 to 0.25) | 2.0 (1.0 to 3.0) |",
+        "| `b` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 | 0.25 | 1.5 |"]
+
+
+def test_the_comparison_at_equal_tokens_by_hand(monkeypatch):
+    """Between evaluations at 0, 8 and 16 thousand tokens; differences at the end -0.3 and -0.4: mean -0.35, 12.7 * 0.05 to both sides."""
+    rows = [{"run": run, "seed": seed, "generated_tokens": str(tokens), "eval_success": str(success)}
+            for run, seed, curve in (("equal_a", "1", (0.2, 0.4, 1.2)), ("equal_a", "2", (0.4, 0.6, 1.4)), ("other", "1", (0, 0, 0)),
+                                     ("equal_b", "1", (0.2, 0.4, 0.4)), ("equal_b", "2", (0.4, 0.5, 0.5)))
+            for tokens, success in zip((0, 8000, 16000), curve, strict=True)]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    assert report.plateau_table().splitlines()[2:] == [
+        "| `equal_a` | 0.30 | 0.40 | 0.50 | 0.80 | 0.70, 0.90 |  |",
+        "| `equal_b` | 0.30 | 0.38 | 0.45 | 0.45 | 0.40, 0.50 | -0.35 [-0.99, +0.29] |", "", "Seeds 1, 2."]
 
 
 def test_computed_memory_counts_the_adapters_that_peft_makes():

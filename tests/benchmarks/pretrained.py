@@ -42,6 +42,8 @@ RUNS = {  # name: script, game, flags, seeds
     "equal_igpo": ("igpo", "search", [*EQUAL, "--belief", "prob"], (1, 2, 3)),
     "equal_tree_grpo": ("tree_grpo", "search", [*EQUAL, "--keep-top-entropy", "1.0"], (1, 2, 3)),
     "equal_gigpo": ("gigpo", "search", [*EQUAL, "--history-turns", "None"], (1, 2, 3)),
+    "undiscounted_gigpo": ("gigpo", "search", [*EQUAL, "--history-turns", "None", "--discount", "1"],
+                           (1,)),  # does its discount hold it at short episodes?
     "number_ms_grpo": ("ms_grpo", "guess_number", [*GRPO, "--warm-start-steps", "30", *OTHER], (1,)),
     "number_igpo": ("igpo", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
     "number_archer": ("archer", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
@@ -108,12 +110,15 @@ def runs(model: str, folder: Path, names: list[str]):
             key = {"run": name, "seed": seed}
             summary, record = (json.loads((run / file).read_text())
                                for file in ("summary.json", "args.json"))
-            evals = [row for row in read(run / "metrics.csv") if row["eval_success"]]
+            metrics = read(run / "metrics.csv")
+            evals = [row for row in metrics if row["eval_success"]]
+            silent = [float(row["groups_without_signal"]) for row in metrics[1:11]]
             tables["pretrained"].append({
                 **key, "script": script, "game": game,
                 "warm_start_steps": record["args"]["warm_start_steps"], **summary,
                 "unreadable_start": evals[0]["eval_invalid_actions"],
                 "unreadable_end": evals[-1]["eval_invalid_actions"],
+                "silent_groups": sum(silent) / len(silent),  # in the first ten iterations
                 "cores": os.cpu_count(), "commit": record["versions"]["commit"][:10]})
             tables["pretrained_curves"] += [
                 {**key, **{column: row[column] or 0 for column in (
