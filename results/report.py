@@ -563,12 +563,13 @@ def plateau_table() -> str:
 
 def pretrained_figure(path: Path):
     """Success of every seed of every run: a panel per game over the time, and one over the tokens
-    for the runs equal_*, of which two shared the cores."""
+    for those that shared the cores with others."""
     rows = read(ROOT / "results/pretrained_curves.csv")
     panels: dict[str, list[str]] = {}
     games = {row["run"]: row["game"] for row in read(ROOT / "results/pretrained.csv")}
     for run, game in games.items():
-        name = "search, equal tokens" if run.startswith("equal_") else game.replace("_", " ")
+        one_core = run.startswith(("equal_", "undiscounted_"))
+        name = "search, equal tokens" if one_core else game.replace("_", " ")
         panels.setdefault(name, []).append(run)
     figure = Figure((4.2 * len(panels), 3.4), layout="constrained")
     axes = np.ravel(figure.subplots(1, len(panels)))
