@@ -39,7 +39,7 @@ EQUAL = ["--warm-start-steps", "40", "--num-iterations", "60", "--max-generated-
          "--eval-every", "4", "--learning-rate", "2e-5"]  # from a worse start, at equal tokens
 OTHER = ["--num-iterations", "16", "--eval-every", "4", "--learning-rate", "2e-5"]
 RUNS = {  # name: script, game, flags, seeds
-    "headline_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE], (4, 5, 6)),
+    "headline_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE], (4,)),
     "search_ms_grpo": ("ms_grpo", "search", [*GRPO, *SEARCH], (1, 2, 3)),
     "equal_ms_grpo": ("ms_grpo", "search", [*GRPO, *EQUAL], (1, 2, 3)),
     "equal_igpo": ("igpo", "search", [*EQUAL, "--belief", "prob"], (1, 2, 3)),
