@@ -83,8 +83,8 @@ CLAIMS = {  # algo: name of the table: claim
             ("lake_aaw", "lake_uniform", "lake_all"),
             says="drawing episodes by abs(advantage) beats drawing them evenly", at="end",
             mechanisms=(("drawn advantage differs from that of an even draw by",
-                       lambda mean: abs(mean("lake_aaw", "drawn_advantage")
-                                        - mean("lake_uniform", "drawn_advantage")), 0.1),)),
+                         lambda mean: abs(mean("lake_aaw", "drawn_advantage")
+                                          - mean("lake_uniform", "drawn_advantage")), 0.1),)),
         "C2": Claim(
             "Snake: what a turn is credited with", "snake",
             ("snake_episode", "snake_step", "snake_return_to_go"), metric="return", at="end",

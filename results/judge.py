@@ -5,7 +5,7 @@ Every claim names one comparison as the primary one, before its runs are made, w
 other comparisons of a claim are secondary. A claim has one of four outcomes:
 
 supported, refuted   the 95 % interval of the primary difference lies above or below 0
-inconclusive         the interval holds 0
+inconclusive         the interval contains 0
 not testable here    the regime cannot answer, whatever the interval says: a check failed
 
 The checks: the start is above what random play earns and below what is possible, the baseline

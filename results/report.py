@@ -26,6 +26,7 @@ from results import credit, judge
 from results.claims import (ALGORITHMS, CLAIMS, CROSS, CURVES, DEFAULT_ARMS, DIAGNOSTICS, EPISODES,
                             EXTRA, LADDERS, LEVEL_ARMS, LEVELS, PAIRS)
 
+
 def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -119,6 +119,23 @@ def test_a_claim_judged_by_hand(monkeypatch):
     assert "**failed**: drift 0.4, needed 0.5" in text and "- `new` minus `old`: over the run +0.000" in text
 
 
+def test_the_baseline_gains_from_its_own_start_and_a_pair_is_read_where_its_shorter_run_ends(monkeypatch):
+    """`old` starts at 0.5 and ends there: no gain, though `new` starts at 0.1. `brief` ends at 10 tokens, the pair at 100."""
+    starts, ends, tokens = {"new": 0.1, "old": 0.5, "brief": 0.1}, {"new": 0.9, "old": 0.5, "brief": 0.1}, {"new": 200, "old": 100, "brief": 10}
+    rows = [{"arm": arm, "seed": seed, "success_start": str(starts[arm]), "success_end": str(ends[arm] + 0.001 * int(seed)),
+             "success_area": "0.3", "generated_tokens": str(tokens[arm])} for arm in starts for seed in "123"]
+    curves = [{"arm": arm, "seed": seed, "generated_tokens": str(n), "success": str(y)} for arm in starts for seed in "123"
+              for n, y in ((0, starts[arm]), (tokens[arm], ends[arm]))]
+    floors = [{"game": "toy", "success": "0.01"}]
+    monkeypatch.setattr(report, "read", lambda path: {"toy": rows, "toy_curves": curves, "floors": floors}[path.stem])
+    claim = claims.Claim("t", "toy", ("new", "old", "brief"), says="new is better", baseline="old")
+    monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claim}})
+    differences, checks, _ = report.judged("toy", "A")
+    assert differences == pytest.approx([0.0] * 3), "at 100 tokens new is half way, at 0.5"
+    assert [check.passed for check in checks] == [True, False], "measured from the start of new, old would gain 0.4"
+    assert report.difference("toy", "A", "new", "brief", "tokens") == pytest.approx([0.04] * 3)
+
+
 def test_every_claim_has_a_floor_and_arms_that_were_run():
     games = {row["game"] for row in report.read(ROOT / "results/floors.csv")}
     for algo, mine in report.CLAIMS.items():
