@@ -34,7 +34,7 @@ GRPO = ["--history-turns", "None", "--sampling", "all"]  # of ms_grpo.py: a grow
 SEARCH = ["--warm-start-steps", "80", "--num-iterations", "22", "--eval-every", "8",
           "--learning-rate", "2e-5"]
 PATIENT = ["--env-kwargs", '{"regime": "easy", "premature": 0.1}']  # its player seldom guesses
-HEADLINE = [*PATIENT, "--warm-start-steps", "40", "--num-iterations", "20", "--eval-every", "5",
+HEADLINE = [*PATIENT, "--warm-start-steps", "80", "--num-iterations", "20", "--eval-every", "5",
             "--learning-rate", "2e-5"]
 SHORT = ["--warm-start-steps", "40", "--num-iterations", "28", "--eval-every", "7",
          "--learning-rate", "2e-5"]  # half of the imitation
@@ -42,7 +42,8 @@ EQUAL = ["--warm-start-steps", "40", "--num-iterations", "60", "--max-generated-
          "--eval-every", "4", "--learning-rate", "2e-5"]  # from a worse start, at equal tokens
 OTHER = ["--num-iterations", "16", "--eval-every", "4", "--learning-rate", "2e-5"]
 RUNS = {  # name: script, game, flags, seeds
-    "headline_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE], (5, 6, 7)),
+    "headline_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE], (6, 7, 8)),
+    "patient_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE, "--warm-start-steps", "40"], (5,)),
     "search_ms_grpo": ("ms_grpo", "search", [*GRPO, *SEARCH], (1, 2, 3)),
     "long_ms_grpo": ("ms_grpo", "search", [*GRPO, *SHORT], (4,)),
     "equal_ms_grpo": ("ms_grpo", "search", [*GRPO, *EQUAL], (1, 2, 3)),
