@@ -29,6 +29,7 @@ import tyro
 
 from conftest import ROOT
 from envs.text_env import TextEnv
+from rollouts import collect_groups
 from utils import RunArgs
 
 PAGE = ROOT / "docs/recipes.md"
@@ -90,8 +91,6 @@ def test_a_patch_is_small_and_goes_on_and_off(name, tmp_path):
     after = path.read_text()
     py_compile.compile(str(path), doraise=True)
     assert after != before and max(map(len, after.splitlines())) <= 100
-    assert re.search(r"arXiv \d{4}\.\d{5}|\D\d{4}\.\d{5}\D|truncated IS", "".join(difflib.ndiff(
-        before.splitlines(True), after.splitlines(True)))), "the paper is named"
     git_apply(name, tmp_path / "git", "-R")
     assert path.read_text() == before
     if shutil.which("patch"):
@@ -124,6 +123,9 @@ def test_the_page_shows_every_patch_as_it_is_and_readme_names_the_page():
     for name, text in PATCHES.items():
         [(_, script, _, shown)] = re.findall(BLOCK.format(name), page, re.DOTALL)
         assert shown == text and script == SCRIPT[name], f"{name}: python tests/test_recipes.py"
+        section = page.partition(f'<a id="{name}"></a>')[2].partition("```")[0]
+        paper = re.search(r"arXiv \[(\d{4}\.\d{5})", section)  # truncated importance sampling has none
+        assert (paper[1] if paper else "truncated IS") in "\n".join(re.findall("^[+].*", text, re.MULTILINE)), "the diff names its paper"
     assert len(re.findall("```diff", page)) == len(PATCHES) >= 12
     assert "(docs/recipes.md)" in (ROOT / "README.md").read_text()
 
@@ -408,7 +410,7 @@ def rise(run):
     count = 0
     for ((episodes, _), _), ((_, _, batch, _), _) in zip(run.calls["improved_answers"], run.calls["update"], strict=True):
         expected = []
-        for e, k in ((e, k) for e in episodes for k in range(len(e.turns) - 1)):
+        for e, k in [(episode, k) for episode in episodes for k in range(len(episode.turns) - 1)]:
             later = e.turns[k + 1 :]
             best = next(turn for turn in later if turn.reward == max(x.reward for x in later))
             context = [t for turn in e.turns[:k] for t in turn.prompt_ids + turn.token_ids] + e.turns[k].prompt_ids
@@ -535,6 +537,13 @@ def test_dapo_takes_the_first_groups_that_differ_and_clips_higher_above(recipe):
         assert loss.item() == pytest.approx(-objective)
 
 
+def test_dapo_gives_up_after_some_rounds(recipe, tmp_path, monkeypatch):
+    """One move across a lake never pays, so no group of any round has a signal."""
+    run = Run("dapo", recipe("dapo"), monkeypatch, tmp_path, ["collect_groups"], env_id="turnrl/FrozenLake-v0", max_turns=1,
+              env_kwargs='{"format_penalty": 0.0}', num_iterations=1, max_rounds=3)
+    assert len(run.calls["collect_groups"]) == 3 and run.rows[1]["optimizer_steps"] == "0" and run.rows[1]["groups_without_signal"] == "1.0"
+
+
 @pytest.mark.parametrize("name", ["flow_grpo", "m_grpo"])
 def test_a_mean_over_tokens_then_turns_then_episodes(name, recipe):
     """Per token 1 and 3, then 2 (A = 1); 4 (A = -1). Nested (2 + 2) / 2 - 4 = -2, halved: loss 1. Flat (1 + 3 + 2 - 4) / 4: loss -1/2."""
@@ -578,11 +587,11 @@ def test_turn_ppo_has_one_value_and_one_advantage_per_turn(recipe):
 
 
 def test_srl_rewards_what_two_texts_share(recipe):
-    """8 of 9 characters each; 3 of 4; with the rewards .8 .6 -1 .9 the mean is .325 and the std .892095."""
+    """8 of 9 characters each; 3 of 4; 1 of 4 in the right order; with the rewards .8 .6 -1 .9 the mean is .325 and the std .892095."""
     module = recipe("srl")
     assert module.step_reward("x = 2 + 3", "x = 2 + 4", False) == pytest.approx(16 / 18)
     assert module.step_reward("abcd", "bcde", False) == 0.75 and module.step_reward("left", "left", False) == 1.0
-    assert module.step_reward("left", "left", True) == -1.0
+    assert module.step_reward("abcd", "dcba", False) == 0.25 and module.step_reward("left", "left", True) == -1.0
     assert module.step_reward("x" + "ab" * 150, "ab" * 150 + "y", False) == pytest.approx(600 / 602), "also of long texts"
     assert grpo(module, [0.8, 0.6, -1, 0.9]).tolist() == pytest.approx([0.532454, 0.308263, -1.485267, 0.644550], abs=3e-6)
     assert grpo(module, [0.8] * 4).tolist() == [0.0] * 4
@@ -642,8 +651,8 @@ def test_tis_leaves_the_logprobs_of_the_sampler_in_bf16(recipe, tiny_policy):
     episodes = module.sample_groups(tiny_policy, module.make_envs(args), args, 0)
     batch = module.collate(episodes, tiny_policy.device)
     gap = (module.batch_logprobs(tiny_policy, batch, args)[0] - batch["old_logprobs"]).abs().max()
-    module_episodes = __import__("rollouts").collect_groups(tiny_policy, module.make_envs(args), args, 0)
-    assert [e.transcript() for e in episodes] == [e.transcript() for e in module_episodes], "and samples the same"
+    others = collect_groups(tiny_policy, module.make_envs(args), args, 0)
+    assert [e.transcript() for e in episodes] == [e.transcript() for e in others], "and samples the same"
     assert gap > 0
 
 
