@@ -325,9 +325,12 @@ def mt_grpo(run):
     assert len(run.given()) == 32
 
 
-@check("update")
+@check("update", "value_loss")
 def turn_ppo(run):
-    """Once more, turn by turn, from the rewards and the values at the turns' first tokens."""
+    """Once more, turn by turn, from the rewards and the values at the turns' first tokens; the critic learns there and only there."""
+    weights = [weights for (_, _, _, weights), _ in run.calls["value_loss"]]
+    first = sum(batch["turn_weights"].count_nonzero() for (_, _, _, _, batch, _), _ in run.calls["update"])
+    assert sum(x.count_nonzero() for x in weights) == first and sum(x.sum().item() for x in weights) == pytest.approx(4)
     steps = [batch for (_, _, _, _, batch, _), _ in run.calls["update"]]
     for pair in (steps[:2], steps[2:]):
         raw, found = [], []
