@@ -482,9 +482,9 @@ def busy_table() -> str:
 
 def exercises_table() -> str:
     """results/exercises.csv, made by tests/benchmarks/exercises.py: runs with and without a bug."""
-    lines = ["| exercise | column | without the patch | with it | iterations | seed |", "|---" * 6 + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |"
-                                for row in read(ROOT / "results/exercises.csv"))])
+    rows = read(ROOT / "results/exercises.csv")
+    return "\n".join(["| exercise | column | without the patch | with it | iterations | seed |",
+                      "|---" * 6 + "|", *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
 def models_table() -> str:
