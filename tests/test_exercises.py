@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,34 +18,56 @@ SECTIONS = {f"{int(number):02d}": text for number, text in re.findall(
 TESTS = {exercise: re.findall(r"`(tests/test_\w+\.py::test_\w+)`", text) for exercise, text in SECTIONS.items()}
 
 
+# a process that has imported the large packages, and for every line forks one that runs pytest
+FORKS = """
+import os, sys
+import gymnasium, pytest, torch, transformers.models.llama.modeling_llama, transformers.models.auto, tyro
+for line in sys.stdin:
+    log, *arguments = line.split()
+    if not (child := os.fork()):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     return copy_of_the_tree(str(tmp_path_factory.mktemp("exercises")))
 
 
-def pytest_in(tree: Path, *tests: str) -> subprocess.CompletedProcess:
-    clean = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST")}  # not a worker of this session
-    with tempfile.TemporaryDirectory() as folder:  # no bytecode: a patched file may look as old as the other one
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/base", *tests],
-            cwd=tree, env=clean | {"COLUMNS": "500", "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def pytest_in_tree(tree):
+    """Runs tests in the copy: pytest_in_tree(name, ..) -> exit code, what pytest printed."""
+    env = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST")}  # not a worker of this session
+    env |= {"COLUMNS": "500", "PYTHONDONTWRITEBYTECODE": "1"}  # a patched file may look as old as the other one
+    options = f"-n0 -x -q -p no:cacheprovider --basetemp={tree.parent}/tests"
+    with subprocess.Popen([sys.executable, "-c", FORKS], cwd=tree, env=env, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        def run(*tests: str) -> tuple[int, str]:
+            print(f"{tree.parent}/log", options, *tests, file=process.stdin, flush=True)
+            return int(process.stdout.readline()), (tree.parent / "log").read_text()
+        yield run
+        process.stdin.close()
 
 
-def test_without_a_patch_the_named_tests_pass(tree):
-    result = pytest_in(tree, *(test for tests in TESTS.values() for test in tests))
-    assert result.returncode == 0, result.stdout
+def test_without_a_patch_the_named_tests_pass(pytest_in_tree):
+    code, log = pytest_in_tree(*(test for tests in TESTS.values() for test in tests))
+    assert code == 0, log
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-def test_a_patch_applies_and_is_caught_by_an_assertion_of_the_named_test(exercise, tree):
+def test_a_patch_applies_and_is_caught_by_an_assertion_of_the_named_test(exercise, tree, pytest_in_tree):
     [test] = TESTS[exercise]
     patch(tree, exercise)
     try:
-        result = pytest_in(tree, test)
+        code, log = pytest_in_tree(test)
     finally:
         patch(tree, exercise, "-R")
-    assert result.returncode == 1 and " error" not in result.stdout.splitlines()[-1], result.stdout
-    assert re.search(rf"^FAILED {re.escape(test)}(\[.*\])? - (assert|AssertionError)", result.stdout, re.MULTILINE), result.stdout
+    assert code == 1, log
+    assert re.search(rf"^FAILED {re.escape(test)}(\[.*\])? - (assert|AssertionError)", log, re.MULTILINE), log
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
