@@ -480,6 +480,13 @@ def busy_table() -> str:
                       *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
+def exercises_table() -> str:
+    """results/exercises.csv, made by tests/benchmarks/exercises.py: runs with and without a bug."""
+    rows = read(ROOT / "results/exercises.csv")
+    return "\n".join(["| exercise | column | without the patch | with it | iterations | seed |",
+                      "|---" * 6 + "|", *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
 def models_table() -> str:
     """results/models.csv, made by tests/benchmarks/models.py: a row per verdict and layers.
 
@@ -656,6 +663,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
+    replace_block(ROOT / "docs/exercises.md", "exercises", exercises_table())
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
     replace_block(ROOT / "docs/pretrained.md", "plateau", plateau_table())
     replace_block(ROOT / "docs/gpu.md", "memory", memory_table())

@@ -20,7 +20,7 @@ from algos.st_ppo import (
 )
 from conftest import CHATML, KeepGradient, byte_tokenizer, random_model
 from envs.episodes import Episode, Turn
-from policies import Policy
+from policies import Policy, load_policy
 from run_folder import Run
 from utils import collate, micro_batches, select_rows
 
@@ -463,6 +463,17 @@ def test_what_a_run_trains_on_against_a_loop(flags, tmp_path, spy):
         assert row["explained_variance"] == pytest.approx(1 - everything.var() / goal.var(), rel=1e-2)
         assert row["clip_bias_norm_max"] == max(report["clip_bias_norm"] for report in now.reports)
         assert (now.reports[0]["approx_kl"] > 1e-6) == (number > args.staleness > 0), "of the first step"
+
+
+def test_a_run_moves_every_weight_of_both_networks(tmp_path):
+    """The critic's last layer starts at 0: unless it moves, the layers below it get no gradient either."""
+    _, folder = run(tmp_path)
+    policy = load_policy(Args(**QUICK))
+    start = Critic(policy).state_dict() | policy.model.state_dict()
+    end = torch.load(folder / "checkpoint/trainer_state.pt", weights_only=True)["critic"]
+    end |= load_file(folder / "checkpoint/model.safetensors")
+    unmoved = [name for name, x in end.items() if torch.equal(x, start[name])]
+    assert not unmoved and "head.weight" in end and len(end) > 50
 
 
 def test_returns_that_do_not_differ_are_explained_by_nothing(tmp_path, spy, monkeypatch):
