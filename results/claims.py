@@ -276,3 +276,9 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
                "advantage_mean": ("end", None), "advantage_square": ("end", None)},
 }
+IMITATIONS = {  # what MS-GRPO starts from on easy search: runs of tests/benchmarks/pretrained.py
+    "40 steps, a player who answers too early in a quarter of the turns":
+        ["equal_ms_grpo", "long_ms_grpo"],
+    "80 steps, the same player": ["search_ms_grpo"],
+    "40 steps, a player who answers too early in a tenth": ["patient_ms_grpo"],
+    "80 steps, that player": ["headline_ms_grpo"]}

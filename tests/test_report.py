@@ -3,11 +3,15 @@
 import csv
 import doctest
 import re
+import shlex
 
 import numpy as np
 import pytest
 import transformers
+import tyro
 
+from algos import ms_grpo
+from benchmarks import pretrained
 from conftest import ROOT
 from results import claims, judge, report
 
@@ -41,6 +45,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/gpu.md", "memory") == report.memory_table()
     assert block("docs/gpu.md", "computed memory") == report.computed_memory_table()
     assert block("docs/pretrained.md", "pretrained") == report.pretrained_table()
+    assert block("docs/pretrained.md", "passed") == report.passed_table()
     assert block("docs/pretrained.md", "plateau") == report.plateau_table()
     for name, arms in report.LADDERS.items():
         assert block("docs/st_ppo.md", name) == report.collapse_table("st_ppo", arms)
@@ -50,6 +55,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
 def test_the_readme_tells_the_default_runs_as_they_were_measured():
     assert block("README.md", "first run") == report.first_run()
     assert block("README.md", "algorithms") == report.algorithms_table()
+    assert block("README.md", "headline") == report.headline()
     runs = report.default_runs()
     assert set(runs) == set(report.CLAIMS) == set(report.ALGORITHMS) == {algo for algo, *_ in report.DEFAULT_ARMS}
     for algo, row in runs.items():
@@ -211,6 +217,22 @@ def test_the_table_of_chat_models_by_hand(monkeypatch):
         "| `a` | igpo | tool desk | 10 | 2 | 0.25 (0.25 to 0.25) | 0.62 (0.50 to 0.75) | 0.50 (0.50 to 0.50) | 0.00 (0.00 to 0.00) "
         "| 0.25 (0.25 to 0.25) | 2.0 (1.0 to 3.0) |",
         "| `b` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 | 0.25 | 1.5 |"]
+
+
+def test_the_command_for_a_chat_model_is_the_run_that_was_measured(monkeypatch):
+    """README and the page show one command, whose flags are those of the run; minutes are rounded, seeds in the order of the table."""
+    for page in ("README.md", "docs/pretrained.md"):
+        [command] = re.findall(r"^python (algos/ms_grpo\.py --model Hugging.*?)\n```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+        words = shlex.split(command.replace("\\\n", " "))
+        script, game, flags, _ = pretrained.RUNS["headline_ms_grpo"]
+        shown, ran = (tyro.cli(ms_grpo.Args, args=list(some)) for some in (words[3:], [*pretrained.GAMES[game], *flags]))
+        assert words[0] == f"algos/{script}.py" and shown == ran
+    rows = [{"run": run, "success_start": start, "success_end": end, "seconds": seconds, "cores": "2"}
+            for run, start, end, seconds in (("headline_ms_grpo", "0.25", "1", "840"), ("other", "0", "0", "1"), ("headline_ms_grpo", "0.5", "0.875", "1199"))]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    assert report.headline() == (
+        "It takes 14 to 20 minutes on 2 CPU cores. With 2 seeds, success on held-out questions rose from\n0.25, 0.50 after the imitation to "
+        "1.00, 0.88 ([docs/pretrained.md](docs/pretrained.md)).")
 
 
 def test_the_comparison_at_equal_tokens_by_hand(monkeypatch):
