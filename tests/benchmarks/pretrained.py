@@ -40,7 +40,7 @@ SHORT = ["--warm-start-steps", "40", "--num-iterations", "28", "--eval-every", "
          "--learning-rate", "2e-5"]  # half of the imitation
 EQUAL = ["--warm-start-steps", "40", "--num-iterations", "60", "--max-generated-tokens", "11000",
          "--eval-every", "4", "--learning-rate", "2e-5"]  # from a worse start, at equal tokens
-OTHER = ["--num-iterations", "16", "--eval-every", "4", "--learning-rate", "2e-5"]
+OTHER = ["--num-iterations", "12", "--eval-every", "4", "--learning-rate", "2e-5"]
 RUNS = {  # name: script, game, flags, seeds
     "headline_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE], (6, 7, 8)),
     "patient_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE, "--warm-start-steps", "40"], (5,)),
@@ -54,7 +54,6 @@ RUNS = {  # name: script, game, flags, seeds
                            (1,)),  # does its discount hold it at short episodes?
     "number_ms_grpo": ("ms_grpo", "guess_number", [*GRPO, "--warm-start-steps", "30", *OTHER], (1,)),
     "number_igpo": ("igpo", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "number_archer": ("archer", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
     "lake_ms_grpo": ("ms_grpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
     "lake_gigpo": ("gigpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
     "lake_tree_grpo": ("tree_grpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
@@ -63,7 +62,6 @@ RUNS = {  # name: script, game, flags, seeds
     "maths_ufo": ("ufo", "retry_maths", ["--warm-start-steps", "30", *OTHER], (1,)),
     "search_st_ppo": ("st_ppo", "search", SEARCH, (1,)),
     "search_seeupo": ("seeupo", "search", SEARCH, (1,)),
-    "search_archer": ("archer", "search", SEARCH, (1,)),
     "search_lora": ("ms_grpo", "search", [*GRPO, *SEARCH[:-1], "2e-4", "--lora-rank", "16"], (1,)),
 }
 
