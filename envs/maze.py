@@ -4,7 +4,8 @@ Description: a maze of cells, rows from top to bottom, columns from left to righ
     layout is always the same, so an agent can learn it; a single episode seldom tells the way.
 Action: left, right, up or down. A step into a wall stays in place. Any other text stays in place
     too, costs `format_penalty` more and is answered by a line of feedback.
-Observation: `goal 8 6, you 1 3, walls left up`: row and column of both, and the walls around.
+Observation: `at 1 3`, the player's row and column; for a chat model also the goal and the walls
+    around: `goal 8 6, you 1 3, walls left up`.
 Starting state: any cell but the goal, all equally likely.
 Rewards: 0 for the step onto the goal, -1 for any other; minus `format_penalty` for an unreadable
     action. So the return is minus the number of steps, but the last, or -`max_turns`.
@@ -105,9 +106,12 @@ class Maze(TextEnv):
                 "legal_actions": list(STEPS), "distance": self.distance[self.place]}
 
     def observation(self) -> str:
+        row, column = self.place
+        if not self.chat:
+            return f"at {row} {column}"
         walls = [word for word in STEPS if self.neighbour(word) == self.place]
-        (a, b), (c, d) = self.goal, self.place
-        return f"goal {a} {b}, you {c} {d}, walls {' '.join(walls) or 'none'}"
+        goal = f"goal {self.goal[0]} {self.goal[1]}"
+        return f"{goal}, you {row} {column}, walls {' '.join(walls) or 'none'}"
 
     def render(self) -> str:
         row, column = self.place

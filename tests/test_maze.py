@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from envs import make_env
 from envs.maze import STEPS, Maze
 from envs.text_env import EVALUATION_SEEDS
 
@@ -69,20 +70,28 @@ def test_a_walk_by_hand():
     env = Maze()
     env.reset(seed=0)
     env.start((4, 3))
-    assert env.observation() == "goal 8 6, you 4 3, walls left right"
-    walk = [("left", "goal 8 6, you 4 3, walls left right", -1.0), (" Down\n", "goal 8 6, you 5 3, walls left down", -1.0),
-            ("walk on", "Unknown action.\ngoal 8 6, you 5 3, walls left down", -4.0),
-            *[("right", f"goal 8 6, you 5 {column}, walls {walls}", -1.0)
-              for column, walls in ((4, "up down"), (5, "up down"), (6, "up"))],
-            ("down", "goal 8 6, you 6 6, walls left right", -1.0), ("up", "goal 8 6, you 5 6, walls up", -1.0),
-            ("down", "goal 8 6, you 6 6, walls left right", -1.0), ("down", "goal 8 6, you 7 6, walls left right", -1.0)]
+    assert env.observation() == "at 4 3"
+    walk = [("left", "at 4 3", -1.0), (" Down\n", "at 5 3", -1.0), ("walk on", "Unknown action.\nat 5 3", -4.0),
+            ("right", "at 5 4", -1.0), ("right", "at 5 5", -1.0), ("right", "at 5 6", -1.0), ("down", "at 6 6", -1.0),
+            ("up", "at 5 6", -1.0), ("down", "at 6 6", -1.0), ("down", "at 7 6", -1.0)]
     for word, text, reward in walk:
         observation, got, *end, info = env.step(word)
         assert (observation, got, end) == (text, reward, [False, False]) and not info["success"]
         assert info["invalid_action"] == (word == "walk on")
     observation, reward, *end, info = env.step("down")
-    assert (observation, reward, end) == ("goal 8 6, you 8 6, walls left right down", 0.0, [True, False])
+    assert (observation, reward, end) == ("at 8 6", 0.0, [True, False])
     assert info["success"] and info["distance"] == 0
+
+
+def test_a_chat_model_is_also_told_the_goal_and_the_walls():
+    env = make_env("turnrl/Maze-v0", chat=True)
+    env.reset(seed=0)
+    env.unwrapped.start((4, 3))
+    said = [env.step(word)[0] for word in ("left", "Go **down**.", "right", "right", "right", "down")]
+    assert said == [f"goal 8 6, you {place}, walls {walls}" for place, walls in (
+        ("4 3", "left right"), ("5 3", "left down"), ("5 4", "up down"), ("5 5", "up down"), ("5 6", "up"), ("6 6", "left right"))]
+    env.unwrapped.start((5, 6))
+    assert env.step("??")[0] == "Unknown action. Say left, right, up or down.\ngoal 8 6, you 5 6, walls up"
 
 
 def test_time_is_up_after_the_last_turn_but_not_on_the_goal():
