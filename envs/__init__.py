@@ -10,12 +10,14 @@ from envs.text_env import TextEnv
 gym.register("turnrl/FrozenLake-v0", entry_point="envs.frozen_lake:FrozenLake")
 gym.register("turnrl/GuessMyCity-v0", entry_point="envs.twenty_questions:GuessMyCity")
 gym.register("turnrl/GuessNumber-v0", entry_point="envs.guess_number:GuessNumber")
+gym.register("turnrl/Maze-v0", entry_point="envs.maze:Maze")
 gym.register("turnrl/RetryMath-v0", entry_point="envs.retry_math:RetryMath")
 gym.register("turnrl/SearchQA-v0", entry_point="envs.search_qa:SearchQA")
 gym.register("turnrl/Snake-v0", entry_point="envs.snake:Snake")
 gym.register("turnrl/ThinkSearch-v0", entry_point="envs.think_search:ThinkSearch")
 gym.register("turnrl/ToolDesk-v0", entry_point="envs.tool_desk:ToolDesk")
 gym.register("turnrl/ToyText-v0", entry_point="envs.toy_text:ToyText")
+gym.register("turnrl/Trust-v0", entry_point="envs.trust:Trust")
 gym.register("turnrl/TwentyQuestions-v0", entry_point="envs.twenty_questions:TwentyQuestions")
 
 

@@ -19,6 +19,7 @@ SAID = {  # id: what a chat model may write -> what the game hears
     "turnrl/GuessNumber-v0": {"My guess is 512!": "512", "Guess: 7, or 8": "7", "a 1234567": None},
     "turnrl/RetryMath-v0": {"7 * 8 = 56, so 1": "<answer>1</answer>", "<answer>3</answer> of 5": "<answer>3</answer>", "one": None},
     "turnrl/TwentyQuestions-v0": {"OK: Is the object  ALIVE? Is the object a dog?": "is the object alive?", "Is it alive?": None},
+    "turnrl/Maze-v0": {"Go Down, then left.": "down", "leftmost": None},
     "Taxi-v4": {"go South": "south", "southern": None}}
 
 
@@ -41,7 +42,7 @@ def test_the_first_action_in_an_answer_is_played_for_a_chat_model_only(env_id, t
 
 
 @pytest.mark.parametrize("env_id,form", [
-    ("turnrl/FrozenLake-v0", "Say left, down, right or up."), ("turnrl/Snake-v0", "Say up, down, left or right."),
+    ("turnrl/FrozenLake-v0", "Say left, down, right or up."), ("turnrl/Maze-v0", "Say left, right, up or down."), ("turnrl/Snake-v0", "Say up, down, left or right."),
     ("turnrl/SearchQA-v0", "Write search NAME RELATION, or answer NAME."), ("turnrl/ToolDesk-v0", "find ITEM"),
     ("turnrl/GuessNumber-v0", "Write one number from 1 to 1024."), ("turnrl/RetryMath-v0", "Write <answer>number</answer>."),
     ("turnrl/TwentyQuestions-v0", "Ask like this: Is the object a football?"), ("Taxi-v4", "Say south,")])

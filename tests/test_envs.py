@@ -13,6 +13,7 @@ from envs import known_ids, make_env
 from envs.episodes import demonstrations
 from envs.frozen_lake import FrozenLake
 from envs.guess_number import GuessNumber, parse_number
+from envs.maze import Maze
 from envs.retry_math import RetryMath
 from envs.search_qa import REGIMES, SearchQA
 from envs.snake import Snake
@@ -20,9 +21,11 @@ from envs.text_env import CHARSET, EVALUATION_SEEDS, parse_action
 from envs.think_search import ThinkSearch
 from envs.tool_desk import ToolDesk
 from envs.toy_text import ToyText
+from envs.trust import Trust
 from envs.twenty_questions import GuessMyCity, TwentyQuestions
 
-GUESSING = (TwentyQuestions, GuessMyCity)  # games of a rule that ends them, with one first text
+GUESSING = (TwentyQuestions, GuessMyCity)  # a rule ends them, and there is one first text
+RULED = (*GUESSING, Trust)  # no limit of turns cuts them
 VARIANTS = [
     lambda: FrozenLake(), lambda: FrozenLake(size=6, max_turns=15, slippery=True),
     lambda: FrozenLake(author_text=True, tagged=True), lambda: FrozenLake(coordinates=True),
@@ -35,6 +38,8 @@ VARIANTS = [
     lambda: ThinkSearch("turns", max_turns=5, format_penalty=1.0),
     lambda: SearchQA("parts", format_penalty=1.0, extra_turns=1),
     lambda: GuessNumber(format_penalty=1.0), lambda: GuessNumber(64, 6, format_penalty=1.0),
+    lambda: Maze(max_turns=12, format_penalty=1.0), lambda: Maze("lake", max_turns=20, format_penalty=1.0),
+    lambda: Trust(format_penalty=1.0), lambda: Trust(rounds=4, safe=0.3, format_penalty=1.0),
     lambda: ToolDesk(), lambda: ToolDesk(num_orders=5, num_requests=2),
     lambda: TwentyQuestions(), lambda: TwentyQuestions(20), lambda: GuessMyCity(),
     *[lambda game=game: ToyText(game) for game in known_ids() if not game.startswith("turnrl/")]]
@@ -42,7 +47,7 @@ VARIANTS = [
 
 def scripted(env, rng, noise):
     """The next action of the scripted player; some have their own, fixed noise."""
-    own = type(env) in (RetryMath, ThinkSearch, ToolDesk, *GUESSING)
+    own = type(env) in (RetryMath, ThinkSearch, ToolDesk, *RULED)
     return env.demonstrate(rng) if own else env.demonstrate(rng, noise=noise)
 
 
@@ -74,7 +79,7 @@ def test_long_noisy_play_stays_inside_the_spaces_and_ends(make):
         assert len(rewards) <= getattr(env, "max_turns", 20 if type(env) in GUESSING else 11) and list(end).count(True) == 1
         assert type(info["success"]) is bool and info.get("legal_actions", ["any"])
         ends.add(tuple(end))
-    if type(env) in GUESSING:
+    if type(env) in RULED:
         assert ends == {(True, False)}
     elif type(env) not in (ToyText, RetryMath) and getattr(env, "look", 1) > 0:
         assert ends == {(True, False), (False, True)}, "both ends must occur"
@@ -114,7 +119,7 @@ def test_a_seed_determines_the_episode_and_no_step_is_taken_before_the_reset_or_
         assert one == play(second, seed, np.random.default_rng(seed))
         assert one == play(first, seed, np.random.default_rng(seed)), "a second reset repeats it"
         starts.add(one[0][0])
-    assert len(starts) > 5 or type(first) in (ToyText, GuessNumber, *GUESSING), "another seed gives another instance"
+    assert len(starts) > 5 or type(first) in (ToyText, GuessNumber, *RULED), "another seed gives another instance"
 
 
 @pytest.mark.parametrize("make", VARIANTS)
@@ -140,6 +145,8 @@ def test_a_deep_copy_is_a_fork(make):
     (SearchQA, {"regime": "harder"}, "sparse"), (SearchQA, {"min_hops": 5, "max_hops": 3}, "hops"),
     (SearchQA, {"num_entities": 40}, "at most 32"), (SearchQA, {"parts": 12}, "do not fit"), (SearchQA, {"num_relations": 9}, "1 to 8"),
     (GuessNumber, {"high": 7}, "high"), (GuessNumber, {"max_turns": 0}, "max_turns"), (GuessNumber, {"noise": 1.5}, "noise"),
+    (Trust, {"rounds": 1}, "at least 2"), (Trust, {"safe": 1.5}, "safe 1.5"), (Trust, {"skill": -0.1}, "0 to 1"),
+    (Maze, {"layout": "spiral"}, "double_t, lake"), (Maze, {"max_turns": 0}, "at least 1"), (Maze, {"noise": 2.0}, "noise 2.0"),
     *[(RetryMath, wrong, next(iter(wrong))) for wrong in (
         {"levels": ""}, {"levels": "6"}, {"levels": "1 2"}, {"feedback": "loud"}, {"feedback": ""}, {"max_answers": 0})],
     *[(ThinkSearch, wrong, "regime|hops in .* turns") for wrong in (
