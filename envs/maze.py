@@ -8,7 +8,7 @@ Observation: `at 1 3`, the player's row and column; for a chat model also the go
     around: `goal 8 6, you 1 3, walls left up`.
 Starting state: any cell but the goal, all equally likely.
 Rewards: 0 for the step onto the goal, -1 for any other; minus `format_penalty` for an unreadable
-    action. So the return is minus the number of steps, but the last, or -`max_turns`.
+    action. So the return is minus the number of steps before the last one, or -`max_turns`.
 Episode end: terminated on the goal (success), truncated after `max_turns` steps.
 Instances: the seed draws the start. There are 25 (double_t) or 53 (lake): training and evaluation
     share them.

@@ -276,9 +276,10 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
                "advantage_mean": ("end", None), "advantage_square": ("end", None)},
 }
-IMITATIONS = {  # what MS-GRPO starts from on easy search: runs of tests/benchmarks/pretrained.py
+IMITATIONS = {  # what MS-GRPO starts from on easy search: steps, how often the player answers too
+    # early, and the runs of tests/benchmarks/pretrained.py
     "40 steps, a player who answers too early in a quarter of the turns":
-        ["equal_ms_grpo", "long_ms_grpo"],
-    "80 steps, the same player": ["search_ms_grpo"],
-    "40 steps, a player who answers too early in a tenth": ["patient_ms_grpo"],
-    "80 steps, that player": ["headline_ms_grpo"]}
+        ("40", "0.25", ["equal_ms_grpo", "long_ms_grpo"]),
+    "80 steps, the same player": ("80", "0.25", ["search_ms_grpo"]),
+    "40 steps, a player who answers too early in a tenth": ("40", "0.1", ["patient_ms_grpo"]),
+    "80 steps, that player": ("80", "0.1", ["headline_ms_grpo"])}

@@ -552,20 +552,27 @@ def headline() -> str:
     start, end = (", ".join(f"{float(row[f'success_{x}']):.2f}" for row in rows)
                   for x in ("start", "end"))
     minutes = sorted(round(float(row["seconds"]) / 60) for row in rows)
+    seeds = ", ".join(row["seed"] for row in rows)
     return (f"It takes {minutes[0]} to {minutes[-1]} minutes on {rows[0]['cores']} CPU cores. "
-            f"With {len(rows)} seeds, success on held-out questions rose from\n{start} after the "
+            f"With seeds {seeds}, success on held-out questions rose from\n{start} after the "
             f"imitation to {end} ([docs/pretrained.md](docs/pretrained.md)).")
 
 
 def passed_table() -> str:
     """Of how many seeds MS-GRPO ended above 0.75 on easy search, by its imitation."""
     rows = read(ROOT / "results/pretrained.csv")
-    lines = ["| imitation | ended above 0.75 | at the end | runs |", "|---|---|---|---|"]
-    for imitation, runs in IMITATIONS.items():
+    tuned = {(row["imitation_steps"], row["premature"], row["seed"]): float(row["success"])
+             for row in read(ROOT / "results/pretrained_tuning.csv")  # the last of each stays
+             if row["learning_rate"] == "2e-05"}
+    lines = ["| imitation | ended above 0.75 | each seed | tuning seeds (shorter runs) | runs |",
+             "|---" * 5 + "|"]
+    for imitation, (steps, premature, runs) in IMITATIONS.items():
         ends = sorted(float(row["success_end"]) for row in rows if row["run"] in runs)
-        lines.append(f"| {imitation} | {sum(end > 0.75 for end in ends)} of {len(ends)} | "
-                     + ", ".join(f"{end:.2f}" for end in ends) + " | "
-                     + ", ".join(f"`{run}`" for run in runs) + " |")
+        tried = [end for key, end in tuned.items() if key[:2] == (steps, premature)]
+        lines.append("| " + " | ".join([
+            imitation, f"{sum(x > 0.75 for x in ends + tried)} of {len(ends + tried)}",
+            *(", ".join(f"{x:.2f}" for x in some) for some in (ends, tried)),
+            ", ".join(f"`{run}`" for run in runs)]) + " |")
     return "\n".join(lines)
 
 
@@ -578,7 +585,7 @@ def plateau_table() -> str:
     seeds = sorted({row["seed"] for row in rows}, key=int)
     moments = (0, 4000, 8000, 11000)
     lines = ["| run | " + " | ".join(f"after {tokens:,} tokens" for tokens in moments)
-             + f" | each seed at the end | minus `{runs[0]}` [95 %] |",
+             + f" | each seed after {moments[-1]:,} | minus `{runs[0]}` [95 %] |",
              "|---" * (3 + len(moments)) + "|"]
     ends = {run: at_tokens(rows, run, "success", moments[-1]) for run in runs}
     for run in runs:
