@@ -600,6 +600,19 @@ def plateau_table() -> str:
     return "\n".join(lines)
 
 
+def chat_speed_table() -> str:
+    """results/chat_speed.csv, made by tests/benchmarks/chat_speed.py."""
+    rows = read(ROOT / "results/chat_speed.csv")
+    lines = ["| precision | rules read once | update, seconds | rollout, seconds |", "|---" * 4 + "|"]
+    for key in dict.fromkeys((row["precision"], row["rules_read_once"]) for row in rows):
+        times = {row["work"]: row["seconds"] for row in rows
+                 if (row["precision"], row["rules_read_once"]) == key}
+        lines.append(f"| {key[0]} | {key[1]} | {times['update']} | {times['rollout']} |")
+    lines.append("\nUpdate: {rows} rows of {tokens} tokens in all, of which {shared_tokens} are the "
+                 "same in every row. {threads} threads.".format(**rows[0]))
+    return "\n".join(lines)
+
+
 def pretrained_figure(path: Path):
     """Success of every seed of every run: a panel per game over the time, and one over the tokens
     for those that shared the cores with others."""
@@ -697,6 +710,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/exercises.md", "exercises", exercises_table())
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
     replace_block(ROOT / "docs/pretrained.md", "passed", passed_table())
+    replace_block(ROOT / "docs/pretrained.md", "speed", chat_speed_table())
     replace_block(ROOT / "docs/pretrained.md", "plateau", plateau_table())
     replace_block(ROOT / "docs/gpu.md", "memory", memory_table())
     replace_block(ROOT / "docs/gpu.md", "computed memory", computed_memory_table())
