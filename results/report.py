@@ -603,13 +603,14 @@ def plateau_table() -> str:
 def chat_speed_table() -> str:
     """results/chat_speed.csv, made by tests/benchmarks/chat_speed.py."""
     rows = read(ROOT / "results/chat_speed.csv")
-    lines = ["| precision | rules read once | update, seconds | rollout, seconds |", "|---" * 4 + "|"]
+    lines = ["| precision | rules read once | update, seconds | rollout, seconds |",
+             "|---" * 4 + "|"]
     for key in dict.fromkeys((row["precision"], row["rules_read_once"]) for row in rows):
         times = {row["work"]: row["seconds"] for row in rows
                  if (row["precision"], row["rules_read_once"]) == key}
         lines.append(f"| {key[0]} | {key[1]} | {times['update']} | {times['rollout']} |")
-    lines.append("\nUpdate: {rows} rows of {tokens} tokens in all, of which {shared_tokens} are the "
-                 "same in every row. {threads} threads.".format(**rows[0]))
+    lines.append("\nUpdate: {rows} rows of {tokens} tokens in all, of which {shared_tokens} are "
+                 "the same in every row. {threads} threads.".format(**rows[0]))
     return "\n".join(lines)
 
 
