@@ -125,7 +125,7 @@ def runs(model: str, folder: Path, names: list[str]):
                 "unreadable_start": evals[0]["eval_invalid_actions"],
                 "unreadable_end": evals[-1]["eval_invalid_actions"],
                 "silent_groups": sum(silent) / len(silent),  # in the first ten iterations
-                "cores": os.cpu_count(), "commit": record["versions"]["commit"][:10]})
+                "cores": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "commit": record["versions"]["commit"][:10]})
             tables["pretrained_curves"] += [
                 {**key, **{column: row[column] or 0 for column in (
                     "iteration", "generated_tokens", "seconds", "eval_success", "eval_return",
