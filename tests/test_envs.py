@@ -39,7 +39,7 @@ VARIANTS = [
     lambda: SearchQA("parts", format_penalty=1.0, extra_turns=1),
     lambda: GuessNumber(format_penalty=1.0), lambda: GuessNumber(64, 6, format_penalty=1.0),
     lambda: Maze(max_turns=12, format_penalty=1.0), lambda: Maze("lake", max_turns=20, format_penalty=1.0),
-    lambda: Trust(format_penalty=1.0), lambda: Trust(rounds=4, safe=0.3, format_penalty=1.0),
+    lambda: Trust(format_penalty=1.0), lambda: Trust(rounds=4, format_penalty=1.0),
     lambda: ToolDesk(), lambda: ToolDesk(num_orders=5, num_requests=2),
     lambda: TwentyQuestions(), lambda: TwentyQuestions(20), lambda: GuessMyCity(),
     *[lambda game=game: ToyText(game) for game in known_ids() if not game.startswith("turnrl/")]]
@@ -145,7 +145,7 @@ def test_a_deep_copy_is_a_fork(make):
     (SearchQA, {"regime": "harder"}, "sparse"), (SearchQA, {"min_hops": 5, "max_hops": 3}, "hops"),
     (SearchQA, {"num_entities": 40}, "at most 32"), (SearchQA, {"parts": 12}, "do not fit"), (SearchQA, {"num_relations": 9}, "1 to 8"),
     (GuessNumber, {"high": 7}, "high"), (GuessNumber, {"max_turns": 0}, "max_turns"), (GuessNumber, {"noise": 1.5}, "noise"),
-    (Trust, {"rounds": 1}, "at least 2"), (Trust, {"safe": 1.5}, "safe 1.5"), (Trust, {"skill": -0.1}, "0 to 1"),
+    (Trust, {"rounds": 1}, "at least 2"),
     (Maze, {"layout": "spiral"}, "double_t, lake"), (Maze, {"max_turns": 0}, "at least 1"), (Maze, {"noise": 2.0}, "noise 2.0"),
     *[(RetryMath, wrong, next(iter(wrong))) for wrong in (
         {"levels": ""}, {"levels": "6"}, {"levels": "1 2"}, {"feedback": "loud"}, {"feedback": ""}, {"max_answers": 0})],

@@ -237,6 +237,21 @@ def test_the_command_for_a_chat_model_is_the_run_that_was_measured(monkeypatch):
         "1.00, 0.88 ([docs/pretrained.md](docs/pretrained.md)).")
 
 
+def test_the_tables_of_imitation_and_of_speed_by_hand(monkeypatch):
+    """0.75 is not above 0.75; of a tuning run the last evaluation counts, and only with the published learning rate."""
+    def tuned(rate, seed, success, steps="40"):
+        return {"imitation_steps": steps, "premature": "0.25", "seed": seed, "learning_rate": rate, "success": success}
+    speed = [{"work": work, "precision": "bf16", "rules_read_once": once, "seconds": seconds, "rows": "2", "tokens": "9", "shared_tokens": "3", "threads": "1"}
+             for work, once, seconds in (("rollout", "no", "4.0"), ("update", "no", "3.0"), ("rollout", "yes", "2.0"), ("update", "yes", "1.0"))]
+    files = {"pretrained": [{"run": run, "success_end": end} for run, end in (("a", "0.9"), ("b", "0.75"), ("c", "1"))],
+             "pretrained_tuning": [tuned("2e-05", "11", "0.2"), tuned("5e-05", "11", "0.99"), tuned("2e-05", "11", "0.8"), tuned("2e-05", "12", "0.5", "80")],
+             "chat_speed": speed}
+    monkeypatch.setattr(report, "read", lambda path: files[path.stem])
+    monkeypatch.setattr(report, "IMITATIONS", {"short": ("40", "0.25", ["a", "b"]), "none": ("0", "0.25", ["c"])})
+    assert report.passed_table().splitlines()[2:] == ["| short | 2 of 3 | 0.75, 0.90 | 0.80 | `a`, `b` |", "| none | 1 of 1 | 1.00 |  | `c` |"]
+    assert report.chat_speed_table().splitlines()[2:4] == ["| bf16 | no | 3.0 | 4.0 |", "| bf16 | yes | 1.0 | 2.0 |"]
+
+
 def test_the_comparison_at_equal_tokens_by_hand(monkeypatch):
     """Between evaluations at 0, 8 and 16 thousand tokens; differences at the end -0.3 and -0.4: mean -0.35, 12.7 * 0.05 to both sides."""
     rows = [{"run": run, "seed": seed, "generated_tokens": str(tokens), "eval_success": str(success)}

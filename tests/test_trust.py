@@ -1,17 +1,12 @@
 """Trust: the game of tests/benchmarks/turns.py in words."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from benchmarks.turns import logprobs_of, outcomes, value
 from envs import make_env
 from envs.trust import Trust
-
-sys.path.insert(0, str(ROOT / "tests/benchmarks"))
-from turns import logprobs_of, outcomes, value
 
 
 def play(env: Trust, words: list[str]) -> list[tuple]:
