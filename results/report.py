@@ -637,7 +637,7 @@ def pretrained_figure(path: Path):
                 axis.plot(x, [float(row["eval_success"]) for row in points], f"C{color}.-",
                           label="" if n else run)
         axis.set(title=name, xlabel="generated tokens, thousands" if by_tokens else "minutes",
-                 ylabel="success", xlim=(0, None), ylim=(0, 1))
+                 ylabel="success", xlim=(0, None), ylim=(0, 1.03))
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
