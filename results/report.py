@@ -629,30 +629,31 @@ def chat_speed_table() -> str:
 
 
 def pretrained_figure(path: Path):
-    """Success of every seed of every run: a panel per game over the time, and one over the tokens
-    for those that shared the cores with others."""
+    """Success of every seed of every run, a panel per game: over the time of those that had two
+    cores, over the tokens of those that had one beside other work."""
     rows = read(ROOT / "results/pretrained_curves.csv")
-    panels: dict[str, list[str]] = {}
-    games = {row["run"]: row["game"] for row in read(ROOT / "results/pretrained.csv")}
-    for run, game in games.items():
-        one_core = run.startswith(("equal_", "undiscounted_"))
-        name = "search, equal tokens" if one_core else game.replace("_", " ")
-        panels.setdefault(name, []).append(run)
-    figure = Figure((4.2 * len(panels), 3.4), layout="constrained")
-    axes = np.ravel(figure.subplots(1, len(panels)))
-    for axis, (name, runs) in zip(axes, panels.items(), strict=True):
-        by_tokens = name.endswith("tokens")
+    panels: dict[tuple[str, str], list[str]] = {}
+    summaries = read(ROOT / "results/pretrained.csv")
+    for game, cores, run in dict.fromkeys(
+            (row["game"], row["cores"], row["run"]) for row in summaries):
+        panels.setdefault((game, cores), []).append(run)
+    width = -(-len(panels) // 2)
+    figure = Figure((4.2 * width, 6.8), layout="constrained")
+    axes = list(np.ravel(figure.subplots(2, width)))
+    for axis, ((game, cores), runs) in zip(axes, panels.items(), strict=False):
         for color, run in enumerate(runs):
             mine = [row for row in rows if row["run"] == run]
             for n, seed in enumerate(dict.fromkeys(row["seed"] for row in mine)):
                 points = [row for row in mine if row["seed"] == seed]
-                x = [float(row["generated_tokens"]) / 1000 if by_tokens
+                x = [float(row["generated_tokens"]) / 1000 if cores == "1"
                      else float(row["seconds"]) / 60 for row in points]
                 axis.plot(x, [float(row["eval_success"]) for row in points], f"C{color}.-",
                           label="" if n else run)
-        axis.set(title=name, xlabel="generated tokens, thousands" if by_tokens else "minutes",
-                 ylabel="success", xlim=(0, None), ylim=(0, 1.03))
+        axis.set(title=game.replace("_", " "), ylabel="success", xlim=(0, None), ylim=(0, 1.03),
+                 xlabel="generated tokens, thousands" if cores == "1" else "minutes on two cores")
         axis.legend(fontsize=8)
+    for axis in axes[len(panels):]:
+        axis.remove()
     figure.savefig(path, dpi=120)
 
 

@@ -44,6 +44,7 @@ SHORT = ["--warm-start-steps", "40", "--num-iterations", "28", "--eval-every", "
 EQUAL = ["--warm-start-steps", "40", "--num-iterations", "60", "--max-generated-tokens", "11000",
          "--eval-every", "4", "--learning-rate", "2e-5"]  # from a worse start, at equal tokens
 OTHER = ["--num-iterations", "8", "--eval-every", "4", "--learning-rate", "2e-5"]
+NUMBER = ["--warm-start-steps", "30", *OTHER]
 RUNS = {  # name: script, game, flags, seeds
     "headline_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE], (6, 7, 8)),
     "patient_ms_grpo": ("ms_grpo", "search", [*GRPO, *HEADLINE, "--warm-start-steps", "40"], (5,)),
@@ -55,19 +56,17 @@ RUNS = {  # name: script, game, flags, seeds
     "equal_gigpo": ("gigpo", "search", [*EQUAL, "--history-turns", "None"], (1, 2, 3)),
     "undiscounted_gigpo": ("gigpo", "search", [*EQUAL, "--history-turns", "None", "--discount", "1"],
                            (1,)),  # does its discount hold it at short episodes?
-    "number_ms_grpo": ("ms_grpo", "guess_number", [*GRPO, "--warm-start-steps", "30", *OTHER], (1,)),
-    "number_igpo": ("igpo", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "lake_ms_grpo": ("ms_grpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "lake_gigpo": ("gigpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "lake_tree_grpo": ("tree_grpo", "frozen_lake", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "desk_st_ppo": ("st_ppo", "tool_desk", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "desk_seeupo": ("seeupo", "tool_desk", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "number_ms_grpo": ("ms_grpo", "guess_number", [*GRPO, *NUMBER], (1,)),
+    "number_gigpo": ("gigpo", "guess_number", ["--history-turns", "None", *NUMBER], (1,)),
+    "number_igpo": ("igpo", "guess_number", NUMBER, (1,)),
+    "number_tree_grpo": ("tree_grpo", "guess_number", NUMBER, (1,)),
+    "number_st_ppo": ("st_ppo", "guess_number", NUMBER, (1,)),
     "maths_ufo": ("ufo", "retry_maths", ["--warm-start-steps", "30", *OTHER], (1,)),
     "sums_ufo": ("ufo", "sums", ["--warm-start-steps", "30", *OTHER], (1,)),
     "think_turn_budget": ("turn_budget", "think_search", [
         "--warm-start-steps", "30", "--thought-cap", "40", "--max-turn-tokens", "12", *OTHER], (1,)),
-    "search_st_ppo": ("st_ppo", "search", SEARCH, (1,)),
-    "search_seeupo": ("seeupo", "search", SEARCH, (1,)),
+    "search_st_ppo": ("st_ppo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
+    "search_seeupo": ("seeupo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
     "search_lora": ("ms_grpo", "search", [*GRPO, *SEARCH[:-1], "2e-4", "--lora-rank", "16"], (1,)),
 }
 
