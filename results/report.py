@@ -535,7 +535,7 @@ def pretrained_table() -> str:
         mine = [row for row in rows if row["run"] == run]
 
         def cell(name: str, mine=mine) -> str:
-            return spread([float(row[name]) for row in mine])
+            return spread([float(row[name]) for row in mine]) if mine[0][name] else ""
         minutes = spread([float(row["seconds"]) / 60 for row in mine], 1)
         lines.append("| " + " | ".join([
             f"`{run}`", mine[0]["script"], mine[0]["game"].replace("_", " "),

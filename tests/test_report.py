@@ -214,11 +214,13 @@ def test_the_table_of_chat_models_by_hand(monkeypatch):
     def row(run, seed, end, seconds):
         return {"run": run, "seed": seed, "script": "igpo", "game": "tool_desk", "warm_start_steps": "10", "success_start": "0.25",
                 "success_end": end, "unreadable_start": "0.5", "unreadable_end": "0", "silent_groups": "0.25", "seconds": seconds}
-    monkeypatch.setattr(report, "read", lambda path: [row("a", "1", "0.5", "60"), row("b", "1", "1", "90"), row("a", "2", "0.75", "180")])
+    monkeypatch.setattr(report, "read", lambda path: [row("a", "1", "0.5", "60"), row("b", "1", "1", "90"), row("a", "2", "0.75", "180"),
+                                                       row("c", "1", "1", "6") | {"silent_groups": ""}])
     assert report.pretrained_table().splitlines()[2:] == [
         "| `a` | igpo | tool desk | 10 | 2 | 0.25 (0.25 to 0.25) | 0.62 (0.50 to 0.75) | 0.50 (0.50 to 0.50) | 0.00 (0.00 to 0.00) "
         "| 0.25 (0.25 to 0.25) | 2.0 (1.0 to 3.0) |",
-        "| `b` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 | 0.25 | 1.5 |"]
+        "| `b` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 | 0.25 | 1.5 |",
+        "| `c` | igpo | tool desk | 10 | 1 | 0.25 | 1.00 | 0.50 | 0.00 |  | 0.1 |"], "a script without groups has no silent ones"
 
 
 def test_the_command_for_a_chat_model_is_the_run_that_was_measured(monkeypatch):

@@ -59,7 +59,8 @@ RUNS = {  # name: script, game, flags, seeds
     "number_ms_grpo": ("ms_grpo", "guess_number", [*GRPO, *NUMBER], (1,)),
     "number_gigpo": ("gigpo", "guess_number", ["--history-turns", "None", *NUMBER], (1,)),
     "number_igpo": ("igpo", "guess_number", NUMBER, (1,)),
-    "number_tree_grpo": ("tree_grpo", "guess_number", NUMBER, (1,)),
+    "number_tree_grpo": ("tree_grpo", "guess_number", [  # an iteration has half as many tokens
+        *NUMBER, "--num-iterations", "16"], (1,)),
     "number_st_ppo": ("st_ppo", "guess_number", NUMBER, (1,)),
     "maths_ufo": ("ufo", "retry_maths", ["--warm-start-steps", "30", *OTHER], (1,)),
     "sums_ufo": ("ufo", "sums", ["--warm-start-steps", "30", *OTHER], (1,)),
@@ -123,13 +124,14 @@ def runs(model: str, folder: Path, names: list[str]):
                                for file in ("summary.json", "args.json"))
             metrics = read(run / "metrics.csv")
             evals = [row for row in metrics if row["eval_success"]]
-            silent = [float(row["groups_without_signal"]) for row in metrics[1:11]]
+            silent = [float(row["groups_without_signal"]) for row in metrics[1:11]
+                      if "groups_without_signal" in row]  # a critic compares nobody
             tables["pretrained"].append({
                 **key, "script": script, "game": game,
                 "warm_start_steps": record["args"]["warm_start_steps"], **summary,
                 "unreadable_start": evals[0]["eval_invalid_actions"],
                 "unreadable_end": evals[-1]["eval_invalid_actions"],
-                "silent_groups": sum(silent) / len(silent),  # in the first ten iterations
+                "silent_groups": sum(silent) / len(silent) if silent else "",  # first ten iterations
                 "cores": os.environ.get("OMP_NUM_THREADS", os.cpu_count()), "commit": record["versions"]["commit"][:10]})
             tables["pretrained_curves"] += [
                 {**key, **{column: row[column] or 0 for column in (
