@@ -64,8 +64,6 @@ RUNS = {  # name: script, game, flags, seeds
     "number_st_ppo": ("st_ppo", "guess_number", NUMBER, (1,)),
     "maths_ufo": ("ufo", "retry_maths", ["--warm-start-steps", "30", *OTHER], (1,)),
     "sums_ufo": ("ufo", "sums", ["--warm-start-steps", "30", *OTHER], (1,)),
-    "think_turn_budget": ("turn_budget", "think_search", [
-        "--warm-start-steps", "30", "--thought-cap", "40", "--max-turn-tokens", "12", *OTHER], (1,)),
     "search_st_ppo": ("st_ppo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
     "search_seeupo": ("seeupo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
     "search_lora": ("ms_grpo", "search", [*GRPO, *SEARCH[:-1], "2e-4", "--lora-rank", "16"], (1,)),
