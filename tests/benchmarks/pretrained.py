@@ -106,8 +106,7 @@ def starts(model: str, runs: Path):
             rows.append({"game": game, "steps": steps, "episodes": 64,
                          "legal": f"{1 - float(end['eval_invalid_actions']):.3f}",
                          "success": f"{float(end['eval_success']):.3f}",
-                         "return": f"{float(end['eval_return']):.3f}",
-                         "seconds": f"{float(end['seconds']):.0f}", "cores": os.cpu_count()})
+                         "return": f"{float(end['eval_return']):.3f}"})
             write(ROOT / "results/chat_starts.csv", rows)
 
 
