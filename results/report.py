@@ -558,6 +558,20 @@ def headline() -> str:
             f"imitation to {end} ([docs/pretrained.md](docs/pretrained.md)).")
 
 
+def starts_table() -> str:
+    """results/chat_starts.csv: legal answers and success before and after imitation."""
+    rows = read(ROOT / "results/chat_starts.csv")
+    steps = list(dict.fromkeys(row["steps"] for row in rows))
+    lines = ["| game | " + " | ".join(f"{name}, {n} steps" for name in ("legal", "success")
+                                      for n in steps) + " |", "|---" * (1 + 2 * len(steps)) + "|"]
+    for game in dict.fromkeys(row["game"] for row in rows):
+        cells = {row["steps"]: row for row in rows if row["game"] == game}
+        lines.append(f"| {game.replace('_', ' ')} | " + " | ".join(
+            f"{float(cells[n][name]):.2f}" if n in cells else ""
+            for name in ("legal", "success") for n in steps) + " |")
+    return "\n".join(lines)
+
+
 def passed_table() -> str:
     """Of how many seeds MS-GRPO ended above 0.75 on easy search, by its imitation."""
     rows = read(ROOT / "results/pretrained.csv")

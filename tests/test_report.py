@@ -254,6 +254,16 @@ def test_the_tables_of_imitation_and_of_speed_by_hand(monkeypatch):
     assert report.chat_speed_table().splitlines()[2:4] == ["| bf16 | no | 3.0 | 4.0 |", "| bf16 | yes | 1.0 | 2.0 |"]
 
 
+def test_the_table_of_starts_by_hand(monkeypatch):
+    """A game without a row for some steps has an empty cell."""
+    rows = [{"game": game, "steps": steps, "legal": legal, "success": success} for game, steps, legal, success in (
+        ("tool_desk", "0", "0.250", "0.000"), ("tool_desk", "10", "1.000", "0.375"), ("snake", "10", "0.500", "0.125"))]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    assert report.starts_table().splitlines() == [
+        "| game | legal, 0 steps | legal, 10 steps | success, 0 steps | success, 10 steps |", "|---|---|---|---|---|",
+        "| tool desk | 0.25 | 1.00 | 0.00 | 0.38 |", "| snake |  | 0.50 |  | 0.12 |"]
+
+
 def test_the_comparison_at_equal_tokens_by_hand(monkeypatch):
     """Between evaluations at 0, 8 and 16 thousand tokens; differences at the end -0.3 and -0.4: mean -0.35, 12.7 * 0.05 to both sides."""
     rows = [{"run": run, "seed": seed, "generated_tokens": str(tokens), "eval_success": str(success)}

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/pretrained.py FOLDER            the runs of RUNS, one after the other
     python tests/benchmarks/pretrained.py FOLDER name ..    only runs whose name begins like that
+    python tests/benchmarks/pretrained.py FOLDER --starts   before and after 10 and 30 steps of imitation
 
 FOLDER holds the model, such as SmolLM2-135M-Instruct. A run that is finished is not made again, and
 one that was stopped goes on from its last checkpoint. Writes results/pretrained.csv, its curves and a
-transcript of both ends.
+transcript of both ends, or with --starts results/chat_starts.csv (about 40 minutes).
 """
 
 import csv
@@ -17,14 +18,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GAMES = {  # what is played, and how long an answer may be
+    "frozen_lake": ["--env-id", "turnrl/FrozenLake-v0", "--max-turn-tokens", "8"],
     "search": ["--env-id", "turnrl/SearchQA-v0", "--env-kwargs", '{"regime": "easy"}',
                "--max-turn-tokens", "16"],
+    "tool_desk": ["--env-id", "turnrl/ToolDesk-v0", "--max-turn-tokens", "12"],
     "guess_number": ["--env-id", "turnrl/GuessNumber-v0", "--env-kwargs", '{"high": 64}',
                      "--max-turns", "6", "--max-turn-tokens", "8"],
     "retry_maths": ["--env-id", "turnrl/RetryMath-v0", "--max-turns", "5",
                     "--max-turn-tokens", "24"],
     "sums": ["--env-id", "turnrl/RetryMath-v0", "--env-kwargs", '{"levels": "45"}',
              "--max-turns", "5", "--max-turn-tokens", "24"],
+    "think_search": ["--env-id", "turnrl/ThinkSearch-v0", "--max-turn-tokens", "48"],
+    "twenty_questions": ["--env-id", "turnrl/TwentyQuestions-v0", "--max-turns", "20",
+                         "--max-turn-tokens", "16"],
+    "snake": ["--env-id", "turnrl/Snake-v0", "--max-turn-tokens", "8"],
 }
 GRPO = ["--history-turns", "None", "--sampling", "all"]  # of ms_grpo.py: a growing row, no draw
 SEARCH = ["--warm-start-steps", "80", "--num-iterations", "22", "--eval-every", "8",
@@ -59,6 +66,9 @@ RUNS = {  # name: script, game, flags, seeds
     "sums_ufo": ("ufo", "sums", ["--warm-start-steps", "30", *OTHER], (1,)),
     "search_st_ppo": ("st_ppo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
     "search_seeupo": ("seeupo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
+    "number_seeupo": ("seeupo", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "number_turn_budget": ("turn_budget", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "search_lora": ("ms_grpo", "search", [*GRPO, *SEARCH[:-1], "2e-4", "--lora-rank", "16"], (1,)),
 }
 
 
@@ -85,6 +95,21 @@ def write(path: Path, rows: list[dict]):
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def starts(model: str, runs: Path):
+    rows = []
+    for game, flags in GAMES.items():
+        for steps in (0, 10, 30):
+            run = train("ms_grpo", runs / f"start_{game}-{steps}", [
+                "--model", model, *flags, "--history-turns", "None", "--warm-start-steps",
+                str(steps), "--eval-only", "--seed", "1"])  # the imitation of RUNS is used again
+            [end] = read(run / "metrics.csv")
+            rows.append({"game": game, "steps": steps, "episodes": 64,
+                         "legal": f"{1 - float(end['eval_invalid_actions']):.3f}",
+                         "success": f"{float(end['eval_success']):.3f}",
+                         "return": f"{float(end['eval_return']):.3f}"})
+            write(ROOT / "results/chat_starts.csv", rows)
 
 
 def runs(model: str, folder: Path, names: list[str]):
@@ -130,4 +155,7 @@ def runs(model: str, folder: Path, names: list[str]):
 
 if __name__ == "__main__":
     model, *names = sys.argv[1:]
-    runs(model, ROOT / "runs/pretrained", names)
+    if names == ["--starts"]:
+        starts(model, ROOT / "runs/pretrained")
+    else:
+        runs(model, ROOT / "runs/pretrained", names)
