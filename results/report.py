@@ -651,7 +651,7 @@ def pretrained_figure(path: Path):
                           label="" if n else run)
         axis.set(title=game.replace("_", " "), ylabel="success", xlim=(0, None), ylim=(0, 1.03),
                  xlabel="generated tokens, thousands" if cores == "1" else "minutes on two cores")
-        axis.legend(fontsize=7, loc="lower right")
+        axis.legend(fontsize=7, ncols=2)
     for axis in axes[len(panels):]:
         axis.remove()
     figure.savefig(path, dpi=120)
