@@ -727,6 +727,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
     replace_block(ROOT / "docs/pretrained.md", "passed", passed_table())
     replace_block(ROOT / "docs/pretrained.md", "speed", chat_speed_table())
+    replace_block(ROOT / "docs/pretrained.md", "starts", starts_table())
     replace_block(ROOT / "docs/pretrained.md", "plateau", plateau_table())
     replace_block(ROOT / "docs/gpu.md", "memory", memory_table())
     replace_block(ROOT / "docs/gpu.md", "computed memory", computed_memory_table())

@@ -47,6 +47,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/gpu.md", "computed memory") == report.computed_memory_table()
     assert block("docs/pretrained.md", "pretrained") == report.pretrained_table()
     assert block("docs/pretrained.md", "speed") == report.chat_speed_table()
+    assert block("docs/pretrained.md", "starts") == report.starts_table()
     assert block("docs/pretrained.md", "passed") == report.passed_table()
     assert block("docs/pretrained.md", "plateau") == report.plateau_table()
     for name, arms in report.LADDERS.items():

@@ -18,10 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GAMES = {  # what is played, and how long an answer may be
-    "frozen_lake": ["--env-id", "turnrl/FrozenLake-v0", "--max-turn-tokens", "8"],
     "search": ["--env-id", "turnrl/SearchQA-v0", "--env-kwargs", '{"regime": "easy"}',
                "--max-turn-tokens", "16"],
-    "tool_desk": ["--env-id", "turnrl/ToolDesk-v0", "--max-turn-tokens", "12"],
     "guess_number": ["--env-id", "turnrl/GuessNumber-v0", "--env-kwargs", '{"high": 64}',
                      "--max-turns", "6", "--max-turn-tokens", "8"],
     "retry_maths": ["--env-id", "turnrl/RetryMath-v0", "--max-turns", "5",
@@ -32,6 +30,8 @@ GAMES = {  # what is played, and how long an answer may be
     "twenty_questions": ["--env-id", "turnrl/TwentyQuestions-v0", "--max-turns", "20",
                          "--max-turn-tokens", "16"],
     "snake": ["--env-id", "turnrl/Snake-v0", "--max-turn-tokens", "8"],
+    "tool_desk": ["--env-id", "turnrl/ToolDesk-v0", "--max-turn-tokens", "12"],
+    "frozen_lake": ["--env-id", "turnrl/FrozenLake-v0", "--max-turn-tokens", "8"],
 }
 GRPO = ["--history-turns", "None", "--sampling", "all"]  # of ms_grpo.py: a growing row, no draw
 SEARCH = ["--warm-start-steps", "80", "--num-iterations", "22", "--eval-every", "8",
