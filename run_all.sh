@@ -117,16 +117,19 @@ run igpo sparse_both --env-kwargs "$sparse"
 run igpo sparse_outcome --env-kwargs "$sparse" --reward-source outcome
 run igpo sparse_gain --env-kwargs "$sparse" --reward-source information_gain
 run igpo sparse_prob --env-kwargs "$sparse" --belief prob
-# Tree-GRPO: share of tokens kept (B; tree_top50 is the default run); trees or chains, all tokens (A).
+# Tree-GRPO: trees or chains, all tokens (A); share of tokens kept (B; tree_top50 is the default run). Learning rates
+# chosen from 1e-4, 3e-4 and 1e-3 on seeds 11 and 12 for each of the shares and for chains (results/rates.csv).
+with_seeds 1 2 3 4 5 6 7 8 9 10
+every=(--keep-top-entropy 1 --learning-rate 1e-3)
+run tree_grpo tree_all "${every[@]}"
+run tree_grpo tree_chains4 "${every[@]}" --chains --learning-rate 3e-4
+with_seeds 1 2 3 4 5
+run tree_grpo tree_chains6 "${every[@]}" --group-size 6 --forks 0 --learning-rate 3e-4
+run tree_grpo tree_intra "${every[@]}" --advantage intra
+run tree_grpo tree_inter "${every[@]}" --advantage inter
 run tree_grpo tree_top50
-run tree_grpo tree_all --keep-top-entropy 1
-run tree_grpo tree_chains4 --keep-top-entropy 1 --chains
-run tree_grpo tree_top20 --keep-top-entropy 0.2
-run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask
-run tree_grpo tree_chains6 --keep-top-entropy 1 --group-size 6 --forks 0
-run tree_grpo tree_intra --keep-top-entropy 1 --advantage intra
-run tree_grpo tree_inter --keep-top-entropy 1 --advantage inter
-run tree_grpo tree_top10 --keep-top-entropy 0.1
+run tree_grpo tree_top20 --keep-top-entropy 0.2 --learning-rate 3e-4
+run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask --learning-rate 3e-4
 hopeless='{"regime": "hopeless"}'
 run igpo hopeless_both --env-kwargs "$hopeless"
 run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome
