@@ -761,6 +761,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
+    trust_figure()
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
     replace_block(ROOT / "docs/exercises.md", "exercises", exercises_table())
