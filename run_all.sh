@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All runs, then results/<script>.csv, and all tables and figures. (The other results/*.csv: tests/benchmarks,
 # docs/figures/credit.png: results/credit.py; the estimator page: results/estimators.py.)
+# Arms of a primary comparison have ten seeds, others five.
 #   ./run_all.sh            everything; about 11 hours on 2 CPU cores. A run that is done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
 #   ./run_all.sh --list     only says which commands these are, one line for every arm
@@ -9,13 +10,11 @@
 # that are not run again stay.
 set -euo pipefail
 cd "$(dirname "$0")"
-seeds=${SEEDS:-1 2 3 4 5}
 jobs=${JOBS:-$(nproc)}
 scripts=${SCRIPTS:-ms_grpo gigpo ufo turn_budget igpo tree_grpo st_ppo seeupo archer cross}
 claims=runs/claims
 quick=() quick_archer=()
 if [ "${1:-}" = --quick ]; then
-    seeds=1
     claims=runs/quick
     quick=(--num-iterations 2 --num-prompts 8 --warm-start-steps 10 --eval-episodes 4 --eval-every 2
            --max-turns 3)  # a warm start of 10 steps knows nothing: longer episodes show no more
@@ -34,6 +33,10 @@ finish() {  # wait for all; 127: none is left
 }
 
 if [ "${1:-}" = --list ]; then list=1; else list=; fi
+
+with_seeds() {  # the seeds of the arms that follow
+    if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-$*}; else seeds=1; fi
+}
 
 run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at most $jobs at a time. CLAIMS
     # is the script whose claims these are; ALGO=x runs another one.
@@ -55,6 +58,7 @@ run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at mo
     done
 }
 
+with_seeds 1 2 3 4 5
 # MS-GRPO, claim C1: which episodes are trained on. aaw is the default run.
 run ms_grpo lake_aaw
 run ms_grpo lake_uniform --sampling uniform
@@ -68,7 +72,7 @@ run ms_grpo snake_step --env-id turnrl/Snake-v0 --credit step
 # GiGPO: what a turn is compared with, on Frozen Lake (A; lake_gigpo is the default run), on larger lakes (B) and
 # on the tool desk with the whole history (C). gigpo: also with turns that saw the same; episode: MS-GRPO's credit;
 # no_anchors: also with all turns of the group. Ten seeds; learning rates chosen on seeds 11 and 12 (docs/log.md).
-if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-1 2 3 4 5 6 7 8 9 10}; fi
+with_seeds 1 2 3 4 5 6 7 8 9 10
 large=(--env-kwargs '{"size": 6, "max_turns": 16}' --max-turns 16 --warm-start-steps 800
        --num-iterations 40 --max-generated-tokens 40000)
 orders=(--env-id turnrl/ToolDesk-v0 --max-turn-tokens 6 --history-turns None --warm-start-steps 400
@@ -83,7 +87,7 @@ run gigpo large_no_anchors "${large[@]}" --anchors none --learning-rate 1e-3
 run gigpo desk_gigpo "${orders[@]}"
 run gigpo desk_episode "${orders[@]}" --step-weight 0
 run gigpo desk_no_anchors "${orders[@]}" --anchors none
-if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-1 2 3 4 5}; fi
+with_seeds 1 2 3 4 5
 # UFO: answers allowed in training, feedback, decay, penalty. turns5 is the default run; with one
 # answer an episode has a third of the tokens, so more iterations for about as many tokens.
 run ufo retry_turns5
@@ -147,32 +151,51 @@ run st_ppo heavy_s_step --variant s_ppo --scale step "${heavy[@]}"
 run st_ppo heavy_small_rate --variant ppo --learning-rate 3e-4 "${heavy[@]}"
 run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
 run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
-# SeeUPO: order and weights (A; desk_reverse is the default run), all turns in one step (B), both on questions
-# (C), what divides the advantage (D). gspo and grpo: the ratio of a turn or of a token; 8 or 6: as many
-# optimizer steps as the longest episode has turns.
+# SeeUPO: is the last turn first better, and do the weights M matter, in a game made for it? With steps so long
+# that a turn nearly finds its best response (A), without Adam's momentum (B), with the paper's clip (C).
+# gspo_N takes N steps on all turns at once: 8 (4) use a token as often, 24 (12) are as many optimizer steps.
+# Then against GSPO and GRPO (the ratio of a turn or of a token) on the tool desk (D, E; desk_reverse is the
+# default run) and on questions (F, G): with as many optimizer steps as the longest episode has turns (8 or 6),
+# and with one, where every token is used once: five seeds, because there the order can hardly act.
+with_seeds 1 2 3 4 5 6 7 8 9 10
 together=(--order together)
-question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8 --learning-rate 3e-4)
+trust=(--env-id turnrl/Trust-v0 --env-kwargs '{"rounds": 3}' --max-turns 3 --max-turn-tokens 1 --plain-rewards
+       --warm-start-steps 60 --eval-every 2)
+long=("${trust[@]}" --num-iterations 8 --learning-rate 1e-3 --clip-low 0.9 --clip-high 10 --steps-per-turn 8)
+clip=("${trust[@]}" --num-iterations 12 --learning-rate 1e-3 --steps-per-turn 4)
+run seeupo trust_reverse "${long[@]}"
+run seeupo trust_natural "${long[@]}" --order natural
+run seeupo trust_random "${long[@]}" --order random
+run seeupo trust_unweighted "${long[@]}" --no-sequential-weights
+run seeupo trust_gspo_8 "${long[@]}" "${together[@]}"
+run seeupo trust_gspo_24 "${long[@]}" "${together[@]}" --steps-per-turn 24
+run seeupo trust0_reverse "${long[@]}" --adam-beta1 0
+run seeupo trust0_natural "${long[@]}" --adam-beta1 0 --order natural
+run seeupo trust0_random "${long[@]}" --adam-beta1 0 --order random
+run seeupo trust0_gspo_8 "${long[@]}" --adam-beta1 0 "${together[@]}"
+run seeupo trust0_gspo_24 "${long[@]}" --adam-beta1 0 "${together[@]}" --steps-per-turn 24
+run seeupo clip_reverse "${clip[@]}"
+run seeupo clip_natural "${clip[@]}" --order natural
+run seeupo clip_random "${clip[@]}" --order random
+run seeupo clip_unweighted "${clip[@]}" --no-sequential-weights
+run seeupo clip_released "${clip[@]}" --released
+run seeupo clip_gspo_4 "${clip[@]}" "${together[@]}"
+run seeupo clip_gspo_12 "${clip[@]}" "${together[@]}" --steps-per-turn 12
+with_seeds 1 2 3 4 5
+question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8)
 run seeupo desk_reverse
-run seeupo desk_natural --order natural
-run seeupo desk_random --order random
-run seeupo desk_unweighted --no-sequential-weights
-run seeupo desk_released --released
 run seeupo desk_gspo_8 "${together[@]}" --steps-per-turn 8
-run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio token
 run seeupo desk_gspo_1 "${together[@]}" --learning-rate 3e-4
+run seeupo question_reverse "${question[@]}" --learning-rate 3e-4
+run seeupo question_gspo_6 "${question[@]}" --learning-rate 3e-4 "${together[@]}" --steps-per-turn 6
+run seeupo question_gspo_1 "${question[@]}" --learning-rate 1e-3 "${together[@]}"
+run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio token
 run seeupo desk_grpo_1 "${together[@]}" --learning-rate 3e-4 --ratio token
-run seeupo question_reverse "${question[@]}"
-run seeupo question_natural "${question[@]}" --order natural
-run seeupo question_random "${question[@]}" --order random
-run seeupo question_unweighted "${question[@]}" --no-sequential-weights
-run seeupo question_gspo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6
-run seeupo question_grpo_6 "${question[@]}" "${together[@]}" --steps-per-turn 6 --ratio token
-run seeupo question_gspo_1 "${question[@]}" "${together[@]}" --learning-rate 1e-3
-run seeupo desk_no_scale --advantage-scale none
-run seeupo desk_group_std --advantage-scale group_std
+run seeupo question_grpo_6 "${question[@]}" --learning-rate 3e-4 "${together[@]}" --steps-per-turn 6 --ratio token
+run seeupo question_grpo_1 "${question[@]}" --learning-rate 1e-3 "${together[@]}" --ratio token
 # ArCHer: other scripts on the same game for as many episodes (A; guess_archer is the default run, evaluated
 # more often), what its critic is made of (B). Other seeds: 1 and 2 were looked at while it was designed.
-if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-6 7 8 9 10}; fi
+with_seeds 6 7 8 9 10
 often=(--eval-every 2)
 guess=(--env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150
        --warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
@@ -188,7 +211,7 @@ run archer guess_monte_carlo "${often[@]}" --value-target monte_carlo
 run archer guess_uncentred "${often[@]}" --no-centre-advantages
 # Cross table: every script in every environment it fits, from the same warm starts, until so many tokens are
 # generated; learning rates chosen on seed 11 (docs/log.md), which is not one of the table's seeds.
-if [ ${#quick[@]} = 0 ]; then seeds=${SEEDS:-3 4 5}; fi
+with_seeds 3 4 5
 cross() {  # cross ENVIRONMENT "SCRIPT=LEARNING_RATE .." FLAGS..
     local pair flags
     for pair in $2; do

@@ -16,10 +16,9 @@ seeupo of modelscope/AgentEvolver at e59dea41.
     pi_k  the policy that collected: old_logprobs, for all turns    e, t  episode, turn
     [n]  equation of the paper    [code]  released code
 
-An iteration takes one optimizer step per turn. --order reverse is backward induction: an early turn
-is judged by what the later ones have become. In exact arithmetic, with a policy of its own for
-every turn, that reaches the global optimum. The theorem does not cover the step sizes, the shared
-parameters and the sampling here.
+In reverse order this is backward induction: an early turn is judged by what the later ones have
+become. In exact arithmetic, with a policy of its own for every turn, it reaches the global optimum.
+The theorem does not cover step sizes, shared parameters and sampling.
 
 Changed from st_ppo.py
     - there is no critic: the group's mean is the baseline, and all turns of an episode share A
@@ -37,7 +36,8 @@ Deviations and choices
         loss is a mean over turns in both.
     D4  An episode without turn t keeps its M and is not in the mean of Eq. 4. In the released code
         its padding is in the mean. A turn whose episodes all have A = 0 is skipped.
-    D5  s is the summed reward of any environment. Eq. 1 is made for s from 0 to 1.
+    D5  s is the summed reward of any environment. Eq. 1 is made for s from 0 to 1; its bonus for
+        a full score favours risk, and --plain-rewards leaves R = s.
     D6  Episodes are sampled at temperature 1 (code: 0.9).
 
     python algos/seeupo.py        about 1.5 minutes on 2 CPU cores
@@ -84,11 +84,13 @@ class Args(RunArgs):
     sequential_weights: bool = True  # the paper's Eq. 5; no: M stays A
     ratio: Literal["turn", "token"] = "turn"  # the paper's Eq. 3, or a control
     released: bool = False  # follow the released code where it differs from the paper, D1
-    advantage_scale: Literal["batch_std", "none", "group_std"] = "batch_std"  # paper's: batch_std
+    advantage_scale: Literal["batch_std", "none"] = "batch_std"  # paper's: batch_std
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 4
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 4
     kl_coefficient: float = 0.002  # weight of KL(policy || start policy), estimator k3, in Eq. 4
     steps_per_turn: int = 1  # optimizer steps on the rows of a turn (of all, with --order together)
+    adam_beta1: float = 0.9  # of AdamW; 0: no step carries on the gradient of another turn
+    plain_rewards: bool = False  # R is the return s, not Eq. 1
 
 
 # === 3. Advantages ===============================================================================
@@ -109,7 +111,7 @@ def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std"
     """Rewards relative to their group's mean, divided by the std of the batch. Eq. 2
 
     rewards (E,) of all processes, groups are neighbours -> (E,); exactly 0 in a group of rewards
-    within 1e-6 (1 + |max|). none does not divide, group_std divides by the std of the group.
+    within 1e-6 (1 + |max|). none does not divide.
 
     >>> rewards = torch.tensor([1.5, 0.0, 0.0, 1.25, 0.75, 0.25, 0.5, 0.5, 0.5])
     >>> scaled_advantages(rewards, group_size=3)  # means 0.5, 0.75, 0.5; std of what is left 0.5
@@ -118,8 +120,6 @@ def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std"
     groups = rewards.view(-1, group_size)
     equal = torch.isclose(groups, groups.amax(1, keepdim=True), 1e-6, 1e-6).all(1, keepdim=True)
     centred = torch.where(equal, 0.0, groups - groups.mean(1, keepdim=True))
-    if scale == "group_std":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-6)
     std = centred.std()
     return (centred / std if scale == "batch_std" and std > 0 else centred).flatten()
 
@@ -248,9 +248,12 @@ def main(args: Args) -> dict[str, float]:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
     if args.ratio == "token" and args.order != "together":
         stop("--ratio token needs --order together: a turn's weight is one number")
+    if args.adam_beta1 >= 1:
+        stop(f"--adam-beta1 must be below 1, got {args.adam_beta1}")
     with Run(args, "seeupo") as run:
         envs, policy = make_envs(args), load_policy(args)
-        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate,
+                                      (args.adam_beta1, 0.999), weight_decay=0)
         reference, bound = twin(policy), 0.2 if args.released else None
 
         for iteration in run.iterations(policy, optimizer=optimizer):
@@ -260,8 +263,9 @@ def main(args: Args) -> dict[str, float]:
 
             # 2. score
             scored = [(e.total_reward, bool(e.info.get("garbage"))) for e in episodes]
-            scores, garbage = all_gather(torch.tensor(scored, dtype=torch.double)).T
-            rewards = task_reward(scores.to(policy.device), garbage.bool().to(policy.device))
+            scored = all_gather(torch.tensor(scored, dtype=torch.double)).to(policy.device)
+            scores, garbage = scored.T
+            rewards = scores if args.plain_rewards else task_reward(scores, garbage.bool())
 
             # 3. advantages (E,)
             advantages = scaled_advantages(rewards, args.group_size, args.advantage_scale)
@@ -272,11 +276,12 @@ def main(args: Args) -> dict[str, float]:
             # 4. update: one step per turn, and the weights for the next one
             updates, running = [], torch.ones_like(advantages)  # (E,) M / A
             lengths = all_gather(torch.tensor([len(e.turns) for e in episodes]))
-            credit = advantages.new_zeros(len(episodes), int(lengths.max()))  # (E, K) M
+            weights = advantages.new_ones(len(episodes), int(lengths.max()))  # (E, K) M / A, used
             rng = random_stream(args.seed, DRAW, iteration)
-            for turns in turn_order(credit.shape[1], args.order, rng):
+            for turns in turn_order(weights.shape[1], args.order, rng):
                 rows = rows_of_turns(batch, turns)
-                credit[:, turns] = (advantages * running)[:, None]
+                weights[rows["episode_id"][:, None], turns] = running[rows["episode_id"], None]
+                credit = advantages[:, None] * weights  # (E, K) M
                 rows["advantages"] = expand_to_tokens(credit, rows["turn_id"], rows["episode_id"])
                 if not all_reduce_sum(rows["advantages"].abs().sum()):
                     continue  # nothing to learn from
@@ -293,11 +298,10 @@ def main(args: Args) -> dict[str, float]:
 
             # 5. log (evaluation and checkpoints: run.iterations)
             batch["advantages"] = expand_to_tokens(credit, batch["turn_id"], batch["episode_id"])
-            everyone = all_gather(running)
-            outside = (everyone < 0.8) | (everyone > 1.2)
+            outside = all_gather(((weights < 0.8) | (weights > 1.2)).any(1))
             run.log(iteration, episodes, updates, batch if updates else None,
                     groups_without_signal=groups_without_signal(advantages, args.group_size),
-                    task_reward=rewards.mean().item(), weight_mean=everyone.mean().item(),
+                    task_reward=rewards.mean().item(),
                     weights_outside=outside.double().mean().item())
         return run.finish()
 

@@ -22,9 +22,12 @@ class Claim:
     arms: tuple[str, ...]
     says: str = ""  # the claim of the paper that the primary comparison decides on
     metric: str = "success"
-    at: str = "tokens"  # equal tokens, or "end": the end of the runs
+    at: str = "tokens"  # equal tokens; "end": of the runs; "start": before any training
     best: float = 1.0  # the metric of perfect play
+    floor_is: str = "random play"  # whose metric results/floors.csv has
     baseline: str = ""  # the arm that has to learn; empty: the second
+    learns: str = ""  # the metric in which it has to; empty: `metric`
+    margin: float = 0.0  # how much worse the first arm may be: for a claim that nothing is lost
     # of each: what shows that the addition is at work; its value, from means of columns; the least
     mechanisms: tuple[tuple[str, Callable, float], ...] = ()
 
@@ -34,9 +37,11 @@ def of(arm: str, column: str) -> Callable:
     return lambda mean: mean(arm, column)
 
 
-def weights_outside(arm: str) -> tuple[str, Callable, float]:
+def weights_outside(arm: str, first: bool = False) -> tuple[str, Callable, float]:
     """SeeUPO's order acts through M: what the turns already updated make of an advantage."""
-    return "episodes whose weight M / A leaves 0.8 .. 1.2:", of(arm, "weights_outside"), 0.2
+    moment, prefix = (", first iteration", "first_") if first else ("", "")
+    return (f"episodes trained with a weight M / A outside 0.8 .. 1.2{moment}:",
+            of(arm, f"{prefix}weights_outside"), 0.2)
 
 
 def collapse_and_cure(stress: str) -> tuple[tuple[str, Callable, float], ...]:
@@ -172,23 +177,46 @@ CLAIMS = {  # algo: name of the table: claim
                    ("heavy_ppo", "heavy_small_rate", "heavy_small_norm", "heavy_target_kl"))},
     "seeupo": {
         "A": Claim(
-            "tool desk: order and weights", "desk",
-            ("desk_reverse", "desk_natural", "desk_random", "desk_unweighted", "desk_released"),
-            says="updating the last turn first beats the natural order, on the tool desk",
-            mechanisms=(weights_outside("desk_reverse"),)),
+            "Trust, long steps: the order", "trust",
+            ("trust_reverse", "trust_natural", "trust_random", "trust_unweighted",
+             "trust_gspo_8", "trust_gspo_24"),
+            says="updating the last turn first beats the natural order, in a game made for it "
+                 "with long steps", metric="return", at="end",
+            floor_is="the worst play", mechanisms=(weights_outside("trust_reverse", first=True),)),
         "B": Claim(
-            "tool desk: all turns in one step", "desk",
-            ("desk_reverse", "desk_gspo_8", "desk_grpo_8", "desk_gspo_1", "desk_grpo_1"),
-            says="an update per turn beats GSPO with equally many steps, on the tool desk",
-            mechanisms=(weights_outside("desk_reverse"),)),
+            "Trust, long steps without momentum", "trust",
+            ("trust0_reverse", "trust0_natural", "trust0_random", "trust0_gspo_8",
+             "trust0_gspo_24"),
+            says="updating the last turn first beats the natural order, in a game made for it "
+                 "with long steps without momentum", metric="return", at="end",
+            floor_is="the worst play", mechanisms=(weights_outside("trust0_reverse", first=True),)),
         "C": Claim(
-            "questions", "search",
-            ("question_reverse", "question_natural", "question_random", "question_unweighted",
-             "question_gspo_6", "question_grpo_6", "question_gspo_1"),
-            says="updating the last turn first beats the natural order, on questions",
+            "Trust, the paper's clip", "trust",
+            ("clip_reverse", "clip_natural", "clip_random", "clip_unweighted", "clip_released",
+             "clip_gspo_4", "clip_gspo_12"),
+            says="updating the last turn first beats the natural order, in a game made for it "
+                 "with the paper's clip", metric="return", at="end",
+            floor_is="the worst play", mechanisms=(weights_outside("clip_reverse", first=True),)),
+        "D": Claim(
+            "tool desk: as many optimizer steps", "desk",
+            ("desk_reverse", "desk_gspo_8", "desk_grpo_8"),
+            says="an update per turn beats GSPO with as many optimizer steps, on the tool desk",
+            mechanisms=(weights_outside("desk_reverse"),)),
+        "E": Claim(
+            "tool desk: every token used once", "desk",
+            ("desk_reverse", "desk_gspo_1", "desk_grpo_1"),
+            says="an update per turn beats GSPO when each uses a token once, on the tool desk",
+            mechanisms=(weights_outside("desk_reverse"),)),
+        "F": Claim(
+            "questions: as many optimizer steps", "search",
+            ("question_reverse", "question_gspo_6", "question_grpo_6"),
+            says="an update per turn beats GSPO with as many optimizer steps, on questions",
             mechanisms=(weights_outside("question_reverse"),)),
-        "D": Claim("tool desk: what divides the advantage", "desk",
-                   ("desk_reverse", "desk_no_scale", "desk_group_std"))},
+        "G": Claim(
+            "questions: every token used once", "search",
+            ("question_reverse", "question_gspo_1", "question_grpo_1"),
+            says="an update per turn beats GSPO when each uses a token once, on questions",
+            mechanisms=(weights_outside("question_reverse"),))},
     "archer": {
         "A": Claim(
             "1280 episodes: other scripts", "objects",
@@ -243,7 +271,8 @@ CURVES = {  # algo: columns of metrics.csv that are also compared at equal token
                     "eval_thought_share": "context that is thought",
                     "eval_history_cost": "history cost"},
 }
-EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, heading in the tables)
+EXTRA = {  # algo: column of metrics.csv -> (its start (an evaluation), its end, its mean, or, named
+    # first_COLUMN, its first iteration; heading in the tables)
     "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
     "gigpo": {"anchored_turns": ("mean", "turns with a partner"),
               "groups_without_signal": ("mean", "groups without signal"),
@@ -268,7 +297,10 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run or at its end, he
                "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
                "explained_variance": ("mean", None), "grad_clipped": ("mean", None)},
     "seeupo": {"weights_outside": ("mean", "M / A outside 0.8 .. 1.2"),
-               "ratio_drift": ("mean", "ratio drift"), "clip_fraction": ("mean", "clip fraction"),
+               "first_weights_outside": ("first", "in the first iteration"),
+               "ratio_drift": ("mean", "ratio drift"),
+               "first_ratio_drift": ("first", "in the first iteration"),
+               "clip_fraction": ("mean", "clip fraction"),
                "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
                "groups_without_signal": ("mean", None)},
     "archer": {"eval_invalid_actions": ("end", "invalid at the end"),

@@ -70,13 +70,13 @@ def verdict(differences: Sequence[float], checks: Sequence[Check] = ()) -> str:
 
 
 def regime(start: np.ndarray, gains: np.ndarray, floor: float, best: float,
-           baseline: str = "the baseline") -> list[Check]:
+           baseline: str = "the baseline", floor_is: str = "random play") -> list[Check]:
     """Whether a regime leaves room, and whether its baseline learns.
 
     Args:
         start: the metric of every seed before training.
         gains: what every seed of the baseline gained in training.
-        floor, best: what random play earns, and perfect play.
+        floor, best: what random play earns, and perfect play; floor_is: another play than random.
         baseline: its name.
 
     The start must lie above the floor by 3 % of the way to the best and leave 10 % of it to learn.
@@ -93,7 +93,7 @@ def regime(start: np.ndarray, gains: np.ndarray, floor: float, best: float,
     """
     mean, room = float(np.mean(start)), best - floor
     low, high = interval(gains)
-    return [Check(f"the start {mean:.2f} must lie between random play {floor:.2f} and the best "
+    return [Check(f"the start {mean:.2f} must lie between {floor_is} {floor:.2f} and the best "
                   f"{best:.2f}", floor + 0.03 * room <= mean <= best - 0.1 * room),
             Check(f"{baseline} must gain: [{low:+.2f}, {high:+.2f}]", low > 0)]
 

@@ -8,6 +8,7 @@ seed; all other rows stay. Tables and figures are made from the CSV files only (
 made-up episode, see credit.py).
 """
 
+import collections
 import csv
 import json
 import math
@@ -32,6 +33,12 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def other_metrics(algo: str) -> list[str]:
+    """What the claims of an algorithm look at besides success and return."""
+    named = {name for it in CLAIMS.get(algo, {}).values() for name in (it.metric, it.learns)}
+    return sorted(named - {"success", "return", ""})
+
+
 def collect(folder: Path, algo: str):
     """Put finished runs into results/<algo>.csv and <algo>_curves.csv."""
     rows, curves, drift = [], [], []
@@ -46,17 +53,25 @@ def collect(folder: Path, algo: str):
                            "generated_tokens": row["generated_tokens"] or 0,
                            "seconds": row["seconds"],
                            "success": row["eval_success"], "return": row["eval_return"],
+                           **{name: row[f"eval_{name}"] for name in other_metrics(algo)},
                            **{name: row[name] for name in CURVES.get(algo, ())}})
         drift += [{"arm": arm, "seed": seed, "iteration": row["iteration"],
                    **{name: row[name] for name in DIAGNOSTICS[algo]}}
                   for row in metrics[1:] if algo in DIAGNOSTICS and row["optimizer_steps"] != "0"]
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
+        for name in other_metrics(algo):
+            values = [float(row[f"eval_{name}"]) for row in evals]
+            areas |= {f"{name}_start": values[0], f"{name}_end": values[-1],
+                      f"{name}_area": np.mean(values)}
         extra = {}
         for name, (when, _) in EXTRA.get(algo, {}).items():
-            values = [float(row[name]) for row in metrics[1:] if row.get(name)]
+            column_name = name.removeprefix("first_")
+            values = [float(row[column_name]) for row in metrics[1:] if row.get(column_name)]
             last = values[-1:] if name.startswith("eval_") else values[-10:]
-            extra[name] = np.mean((values if when == "mean" else last) or [0.0])
+            chosen = {"mean": values, "first": values[:1], "end": last,
+                      "start": [float(metrics[0].get(name) or 0)]}[when]
+            extra[name] = np.mean(chosen or [0.0])
         record = json.loads((summary.parent / "args.json").read_text())
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
@@ -148,26 +163,29 @@ def read_claim(algo: str, claim: str):
     """Runs and curves of an algorithm, and a metric: arm -> moment -> value of every seed."""
     metric, arms = CLAIMS[algo][claim].metric, CLAIMS[algo][claim].arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
-    if len({tuple(column(rows, arm, "seed")) for arm in arms}) > 1:  # they are compared in pairs
-        raise SystemExit(f"results/{algo}.csv: the arms of claim {claim} have different seeds")
     values = {arm: {name: column(rows, arm, f"{metric}_{name}")
                     for name in ("start", "end", "area")} for arm in arms}
     return rows, curves, values
 
 
 def difference(algo: str, claim: str, first: str, second: str, moment: str) -> np.ndarray | None:
-    """The metric of one arm minus that of another, of every seed; None if it was not recorded.
+    """The metric of one arm minus that of another, of every seed that both have; None if it was not
+    recorded.
 
     moment: start, end, area (mean over the run), or tokens: when the shorter of the two runs ends.
     """
-    rows, curves, values = read_claim(algo, claim)
+    rows, curves, _ = read_claim(algo, claim)
+    metric = CLAIMS[algo][claim].metric
+    seeds = set.intersection(*({row["seed"] for row in rows if row["arm"] == arm}
+                               for arm in (first, second)))
+    rows, curves = ([row for row in some if row["seed"] in seeds] for some in (rows, curves))
     if moment != "tokens":
-        return values[first][moment] - values[second][moment]
+        one, other = (column(rows, arm, f"{metric}_{moment}") for arm in (first, second))
+        return one - other
     if not all(row["generated_tokens"] for row in curves if row["arm"] in (first, second)):
         return None
     tokens = equal_tokens(rows, (first, second))
-    one, other = (at_tokens(curves, arm, CLAIMS[algo][claim].metric, tokens)
-                  for arm in (first, second))
+    one, other = (at_tokens(curves, arm, metric, tokens) for arm in (first, second))
     return one - other
 
 
@@ -181,14 +199,15 @@ def judged(algo: str, claim: str) -> tuple[np.ndarray, list[judge.Check], str]:
     it = CLAIMS[algo][claim]
     rows, _, values = read_claim(algo, claim)
     [floor] = [row for row in read(ROOT / "results/floors.csv") if row["game"] == it.game]
-    baseline = it.baseline or it.arms[1]
-    start, end = (column(rows, baseline, f"{it.metric}_{name}") for name in ("start", "end"))
-    checks = judge.regime(values[it.arms[0]]["start"], end - start, float(floor[it.metric]),
-                          it.best, f"`{baseline}`")
+    baseline, learns = it.baseline or it.arms[1], it.learns or it.metric
+    start, end = (column(rows, baseline, f"{learns}_{name}") for name in ("start", "end"))
+    checks = judge.regime(values[it.arms[0]]["start"], end - start,
+                          float(floor.get(it.metric, floor["success"])), it.best,
+                          f"`{baseline}`" + f", {it.learns}," * bool(it.learns), it.floor_is)
     for words, value, least in it.mechanisms:
         checks.append(judge.acts(words, value(lambda *name: column(rows, *name).mean()), least))
     differences = difference(algo, claim, *it.arms[:2], it.at)
-    return differences, checks, judge.verdict(differences, checks)
+    return differences, checks, judge.verdict(differences + it.margin, checks)
 
 
 def of_seeds(differences: np.ndarray) -> str:
@@ -214,6 +233,8 @@ def claim_table(algo: str, claim: str) -> str:
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
     moments = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run"}
+    if it.at == "start":
+        moments = {"start": "before training"}
     if it.says:
         differences, checks, outcome = judged(algo, claim)
         low, high = judge.interval(differences)
@@ -223,7 +244,7 @@ def claim_table(algo: str, claim: str) -> str:
             f"**{outcome}**. Checks: " + "; ".join(map(str, checks)) + ".")
     lines.append(f"\n{'Secondary differences' if it.says else 'Differences'} [95 % interval]:\n")
     pairs = [(arms[0], arm) for arm in arms[1:]]
-    pairs += [pair for pair in PAIRS.get(algo, []) if set(pair) <= set(arms)]
+    pairs += [pair for pair in PAIRS.get(algo, []) if set(pair) <= set(arms) - {arms[0]}]
     for first, second in pairs:
         parts = []
         for moment, words in moments.items():
@@ -231,8 +252,10 @@ def claim_table(algo: str, claim: str) -> str:
             primary = it.says and (first, second) == arms[:2] and moment == it.at
             if differences is not None and not primary:
                 low, high = judge.interval(differences)
+                count = len(differences)
                 parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"- `{first}` minus `{second}`: " + "; ".join(parts))
+        if parts:
+            lines.append(f"- `{first}` minus `{second}` ({count} seeds): " + "; ".join(parts))
     return "\n".join(lines)
 
 
@@ -245,7 +268,7 @@ def verdicts_table() -> str:
             if it.says:
                 differences, checks, outcome = judged(algo, name)
                 low, high = judge.interval(differences)
-                where = "equal tokens" if it.at == "tokens" else "the end"
+                where = {"tokens": "equal tokens", "end": "the end", "start": "the start"}[it.at]
                 lines.append("| " + " | ".join([
                     ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
                     f"**{outcome}**",
@@ -303,15 +326,21 @@ def levels_table(algo: str, arms: list[str]) -> str:
 
 
 def equal_tokens_table(algo: str, claim: str) -> str:
-    """Everything in CURVES after as many generated tokens as the shortest run of the claim has."""
+    """Everything in CURVES after as many generated tokens as the shortest run of the claim has.
+
+    Of a claim about the start: before any training, where arms differ in how they are played.
+    """
     arms = CLAIMS[algo][claim].arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
-    tokens = equal_tokens(rows, arms)
-    lines = [f"| after {tokens / 1000:.0f}k tokens | " + " | ".join(CURVES[algo].values()) + " |",
+    untrained = CLAIMS[algo][claim].at == "start"
+    tokens = 0 if untrained else equal_tokens(rows, arms)
+    when = "before training" if untrained else f"after {tokens / 1000:.0f}k tokens"
+    lines = [f"| {when} | " + " | ".join(CURVES[algo].values()) + " |",
              "|---" * (len(CURVES[algo]) + 1) + "|"]
     at = {arm: [at_tokens(curves, arm, name, tokens) for name in CURVES[algo]] for arm in arms}
     start = [at_tokens(curves, arms[0], name, 0) for name in CURVES[algo]]
-    for label, values in [("start policy", start), *((f"`{arm}`", at[arm]) for arm in arms)]:
+    before = [] if untrained else [("start policy", start)]
+    for label, values in [*before, *((f"`{arm}`", at[arm]) for arm in arms)]:
         cells = [f"{x.mean():.3g} ± {x.std(ddof=1):.2g}" for x in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for arm in arms[1:]:
@@ -344,7 +373,7 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
                       markersize=3, label=arm.split("_", 1)[1])
         axis.set(title=claim.title, ylabel=f"held-out {claim.metric}",
                  xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
-        if claim.metric == "success":
+        if claim.metric.startswith("success"):
             axis.set_ylim(0, 1)
         axis.legend(title="mean (thin: each seed)", fontsize=8, title_fontsize=8)
     figure.savefig(ROOT / f"docs/figures/{algo}.png", dpi=120)
@@ -471,6 +500,35 @@ def turns_table() -> str:
         cells = [row[name] for name in ("turns", "rule", "order", "weights", *columns)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def trust_figure():
+    """The game of three turns: exact values (results/turns.csv) beside returns of trained policies.
+    """
+    figure = Figure((12, 3.6), layout="constrained")
+    *exact, trained = figure.subplots(1, 3, sharey=True)
+    orders, games = ("reverse", "natural", "random"), read(ROOT / "results/turns.csv")
+    curves = read(ROOT / "results/seeupo_curves.csv")
+    for color, order in enumerate(orders):
+        for axis, rule in zip(exact, ("best response", "gradient step 10"), strict=True):
+            [row] = [row for row in games if (row["turns"], row["rule"], row["order"],
+                                              row["weights"]) == ("3", rule, order, "yes")]
+            values = {int(name[6:]): float(x) for name, x in row.items() if name[:6] == "value_"}
+            line = "o--" if order == "random" else "o-"  # it may lie on another
+            axis.plot(values.keys(), values.values(), f"C{color}{line}", label=order)
+            axis.set(title=f"exact: {rule}", xlabel="batch")
+        returns = collections.defaultdict(dict)  # seed -> iteration -> return
+        for row in curves:
+            if row["arm"] == f"trust0_{order}":
+                returns[row["seed"]][int(row["iteration"])] = float(row["return"])
+        for values in returns.values():
+            trained.plot(values.keys(), values.values(), f"C{color}", linewidth=0.6, alpha=0.6)
+        trained.plot(values.keys(), np.mean([list(x.values()) for x in returns.values()], 0),
+                     f"C{color}o-")
+    trained.set(title="trained (claim B): mean, thin each seed", xlabel="iteration")
+    exact[0].set(ylabel="value of the policy", ylim=(0, 1.03))
+    exact[0].legend(title="order of updates", fontsize=8, title_fontsize=8)
+    figure.savefig(ROOT / "docs/figures/seeupo_trust.png", dpi=120)
 
 
 def busy_table() -> str:
@@ -721,6 +779,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())
     replace_block(ROOT / "docs/seeupo.md", "turns", turns_table())
+    trust_figure()
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
     replace_block(ROOT / "docs/exercises.md", "exercises", exercises_table())

@@ -108,7 +108,7 @@ ADVANTAGES = {  # what each script makes of the rewards (E, K) of one group
     "igpo": lambda rewards, mask, group: igpo.turn_returns(igpo.turn_rewards(
         torch.zeros_like(rewards), rewards.sum(1), mask, group, "outcome"), mask, 1.0),
     "tree_grpo": lambda rewards, mask, group: tree_grpo.tree_advantages(rewards.sum(1), torch.arange(len(rewards)) // 2, group),
-    **{f"seeupo {scale}": seeupo_advantages(scale) for scale in ("batch_std", "none", "group_std")}}
+    **{f"seeupo {scale}": seeupo_advantages(scale) for scale in ("batch_std", "none")}}
 
 
 def advantages_of(script, rows):

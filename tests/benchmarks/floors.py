@@ -52,6 +52,12 @@ def question(env, rng) -> str:
     return str(rng.choice([*env.questions, *env.guesses]))
 
 
+def lose(env, rng) -> str:
+    """The worst play. Random play earns more than the start of these runs, on purpose: a start that
+    is as good in the last round has no reason to leave."""
+    return "right" if env.round == env.rounds else "stay"
+
+
 GAMES = {  # name: environment, settings, what it does
     "lake": ("turnrl/FrozenLake-v0", {}, move),
     "large lake": ("turnrl/FrozenLake-v0", {"size": 6, "max_turns": 16}, move),
@@ -64,6 +70,7 @@ GAMES = {  # name: environment, settings, what it does
     "parts": ("turnrl/SearchQA-v0", {"regime": "parts"}, search_or_answer),
     "desk": ("turnrl/ToolDesk-v0", {}, command),
     "objects": ("turnrl/TwentyQuestions-v0", {}, question),
+    "trust": ("turnrl/Trust-v0", {"rounds": 3}, lose),
 }
 
 
