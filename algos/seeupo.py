@@ -84,7 +84,6 @@ class Args(RunArgs):
     sequential_weights: bool = True  # the paper's Eq. 5; no: M stays A
     ratio: Literal["turn", "token"] = "turn"  # the paper's Eq. 3, or a control
     released: bool = False  # follow the released code where it differs from the paper, D1
-    advantage_scale: Literal["batch_std", "none"] = "batch_std"  # paper's: batch_std
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 4
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 4
     kl_coefficient: float = 0.002  # weight of KL(policy || start policy), estimator k3, in Eq. 4
@@ -107,11 +106,11 @@ def task_reward(score: Tensor, garbage: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std") -> Tensor:
+def scaled_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """Rewards relative to their group's mean, divided by the std of the batch. Eq. 2
 
     rewards (E,) of all processes, groups are neighbours -> (E,); exactly 0 in a group of rewards
-    within 1e-6 (1 + |max|). none does not divide.
+    within 1e-6 (1 + |max|).
 
     >>> rewards = torch.tensor([1.5, 0.0, 0.0, 1.25, 0.75, 0.25, 0.5, 0.5, 0.5])
     >>> scaled_advantages(rewards, group_size=3)  # means 0.5, 0.75, 0.5; std of what is left 0.5
@@ -121,7 +120,7 @@ def scaled_advantages(rewards: Tensor, group_size: int, scale: str = "batch_std"
     equal = torch.isclose(groups, groups.amax(1, keepdim=True), 1e-6, 1e-6).all(1, keepdim=True)
     centred = torch.where(equal, 0.0, groups - groups.mean(1, keepdim=True))
     std = centred.std()
-    return (centred / std if scale == "batch_std" and std > 0 else centred).flatten()
+    return (centred / std if std > 0 else centred).flatten()
 
 
 def turn_order(num_turns: int, order: str, rng: np.random.Generator) -> list[list[int]]:
@@ -268,7 +267,7 @@ def main(args: Args) -> dict[str, float]:
             rewards = scores if args.plain_rewards else task_reward(scores, garbage.bool())
 
             # 3. advantages (E,)
-            advantages = scaled_advantages(rewards, args.group_size, args.advantage_scale)
+            advantages = scaled_advantages(rewards, args.group_size)
             if args.released:
                 advantages = advantages.clamp(-3, 3)
             advantages = advantages.split(len(episodes))[rank()]  # of this process

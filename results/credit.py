@@ -105,7 +105,7 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
 
     args = seeupo.Args()
     worth = seeupo.task_reward(SCORES, torch.zeros(4, dtype=torch.bool))
-    advantages = seeupo.scaled_advantages(worth, len(SCORES), args.advantage_scale)
+    advantages = seeupo.scaled_advantages(worth, len(SCORES))
     log_ratio = torch.tensor([0.0, -0.1, 0.05, 0.1])  # of the shown episode's turns
     running, credit = torch.ones(4), torch.zeros(4, 4)
     for [turn] in seeupo.turn_order(4, args.order, random_stream()):

@@ -313,7 +313,7 @@ def st_ppo_credit(b: Batches) -> Tensor:
                       for part, mask in zip(credit.split(size), b.mask.split(size), strict=True)])
 
 
-def seeupo_credit(b: Batches, scale: str) -> Tensor:
+def seeupo_credit(b: Batches) -> Tensor:
     """The first step on every turn: no later turn has a ratio yet.
 
     It wants a score between 0 and 1: the returns of the game are shifted and scaled.
@@ -322,7 +322,7 @@ def seeupo_credit(b: Batches, scale: str) -> Tensor:
     score = (b.rewards.sum(1) - low) / (high - low)
     rewards = seeupo.task_reward(score, torch.zeros(len(b.group), dtype=torch.bool))
     size = len(b.group) // (1 + int(b.group.max()))
-    return of_episodes(torch.cat([seeupo.scaled_advantages(part, size, scale)
+    return of_episodes(torch.cat([seeupo.scaled_advantages(part, size)
                                   for part in rewards.split(size)]), b)
 
 
@@ -362,8 +362,7 @@ RULES = {
     "Tree-GRPO, inter": Rule("tree_grpo", lambda b: of_episodes(tree_grpo.tree_advantages(
         b.rewards.sum(1), b.tree, b.group, "inter"), b), "tokens", trees=True),
     "ST-PPO": Rule("st_ppo", st_ppo_credit, "rows"),
-    "SeeUPO": Rule("seeupo", lambda b: seeupo_credit(b, "batch_std"), "turns"),
-    "SeeUPO, advantage_scale none": Rule("seeupo", lambda b: seeupo_credit(b, "none"), "turns"),
+    "SeeUPO": Rule("seeupo", seeupo_credit, "turns"),
     "ArCHer": Rule("archer", archer_credit, "tokens"),
     "gains and outcome, one z-score": Rule("", joint_credit, "rows"),
     "gains and outcome, centred": Rule("", centred_credit, "rows"),

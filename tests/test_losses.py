@@ -94,11 +94,6 @@ def test_the_expected_gradient_points_at_success(size):
 CPU = torch.device("cpu")
 
 
-def seeupo_advantages(scale):
-    return lambda rewards, mask, group: seeupo.scaled_advantages(
-        seeupo.task_reward(rewards.sum(1), torch.zeros(len(rewards)).bool()), len(rewards), scale)
-
-
 ADVANTAGES = {  # what each script makes of the rewards (E, K) of one group
     "ms_grpo": lambda rewards, mask, group: ms_grpo.turn_advantages(rewards, mask, group, "episode"),
     "ufo": lambda rewards, mask, group: ufo.group_relative_advantages(rewards.sum(1), group),
@@ -108,7 +103,8 @@ ADVANTAGES = {  # what each script makes of the rewards (E, K) of one group
     "igpo": lambda rewards, mask, group: igpo.turn_returns(igpo.turn_rewards(
         torch.zeros_like(rewards), rewards.sum(1), mask, group, "outcome"), mask, 1.0),
     "tree_grpo": lambda rewards, mask, group: tree_grpo.tree_advantages(rewards.sum(1), torch.arange(len(rewards)) // 2, group),
-    **{f"seeupo {scale}": seeupo_advantages(scale) for scale in ("batch_std", "none")}}
+    "seeupo": lambda rewards, mask, group: seeupo.scaled_advantages(
+        seeupo.task_reward(rewards.sum(1), torch.zeros(len(rewards)).bool()), len(rewards))}
 
 
 def advantages_of(script, rows):
@@ -144,11 +140,8 @@ def test_returns_that_an_environment_added_up_in_single_precision_are_equal(scri
 @pytest.mark.parametrize("script", ADVANTAGES)
 def test_small_real_differences_survive(script, high, low):
     """Two returns: half of their difference over a std that is 1 / sqrt(2) of it, or of the population 1 / 2."""
-    worth = lambda score: score / 2 + (score >= 1)  # noqa: E731  (SeeUPO's)
-    difference = worth(high) - worth(low) if script.startswith("seeupo") else high - low
-    half, std = difference / 2, difference / math.sqrt(2) + 1e-6
-    expected = {"igpo": half / (half + 1e-6), "tree_grpo": 2 * half / std, "seeupo none": half, "gigpo none": half,
-                "seeupo batch_std": math.sqrt(0.5)}.get(script, half / std)
+    half, std = (high - low) / 2, (high - low) / math.sqrt(2) + 1e-6
+    expected = {"igpo": half / (half + 1e-6), "tree_grpo": 2 * half / std, "gigpo none": half, "seeupo": math.sqrt(0.5)}.get(script, half / std)
     assert advantages_of(script, [[high], [low]]) == pytest.approx([expected, -expected], rel=1e-6)
     assert advantages_of(script, [[low, high - low], [low, 0.0]]) == pytest.approx([expected, -expected], rel=1e-6)
 

@@ -125,7 +125,7 @@ def test_a_claim_judged_by_hand(monkeypatch):
         assert [check.passed for check in checks] == [True, True] + [False] * len(mechanism)
     text = report.claim_table("toy", "A")
     assert "+0.200 [-0.048, +0.448], 3 seeds, provisional: **not testable here**" in text
-    assert "**failed**: drift 0.4, needed 0.5" in text and "- `new` minus `old`: over the run +0.000" in text
+    assert "**failed**: drift 0.4, needed 0.5" in text and "- `new` minus `old` (3 seeds): over the run +0.000" in text
 
 
 def test_a_claim_about_the_start_is_judged_before_training(monkeypatch):
