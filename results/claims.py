@@ -22,12 +22,10 @@ class Claim:
     arms: tuple[str, ...]
     says: str = ""  # the claim of the paper that the primary comparison decides on
     metric: str = "success"
-    at: str = "tokens"  # equal tokens; "end": of the runs; "start": before any training
+    at: str = "tokens"  # equal tokens, or "end": the end of the runs
     best: float = 1.0  # the metric of perfect play
     floor_is: str = "random play"  # whose metric results/floors.csv has
     baseline: str = ""  # the arm that has to learn; empty: the second
-    learns: str = ""  # the metric in which it has to; empty: `metric`
-    margin: float = 0.0  # how much worse the first arm may be: for a claim that nothing is lost
     # of each: what shows that the addition is at work; its value, from means of columns; the least
     mechanisms: tuple[tuple[str, Callable, float], ...] = ()
 
@@ -271,8 +269,8 @@ CURVES = {  # algo: columns of metrics.csv that are also compared at equal token
                     "eval_thought_share": "context that is thought",
                     "eval_history_cost": "history cost"},
 }
-EXTRA = {  # algo: column of metrics.csv -> (its start (an evaluation), its end, its mean, or, named
-    # first_COLUMN, its first iteration; heading in the tables)
+EXTRA = {  # algo: column of metrics.csv -> (mean over the run, at its end, or, for first_COLUMN, in
+    # its first iteration; heading in the tables)
     "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
     "gigpo": {"anchored_turns": ("mean", "turns with a partner"),
               "groups_without_signal": ("mean", "groups without signal"),

@@ -33,12 +33,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def other_metrics(algo: str) -> list[str]:
-    """What the claims of an algorithm look at besides success and return."""
-    named = {name for it in CLAIMS.get(algo, {}).values() for name in (it.metric, it.learns)}
-    return sorted(named - {"success", "return", ""})
-
-
 def collect(folder: Path, algo: str):
     """Put finished runs into results/<algo>.csv and <algo>_curves.csv."""
     rows, curves, drift = [], [], []
@@ -53,24 +47,18 @@ def collect(folder: Path, algo: str):
                            "generated_tokens": row["generated_tokens"] or 0,
                            "seconds": row["seconds"],
                            "success": row["eval_success"], "return": row["eval_return"],
-                           **{name: row[f"eval_{name}"] for name in other_metrics(algo)},
                            **{name: row[name] for name in CURVES.get(algo, ())}})
         drift += [{"arm": arm, "seed": seed, "iteration": row["iteration"],
                    **{name: row[name] for name in DIAGNOSTICS[algo]}}
                   for row in metrics[1:] if algo in DIAGNOSTICS and row["optimizer_steps"] != "0"]
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
-        for name in other_metrics(algo):
-            values = [float(row[f"eval_{name}"]) for row in evals]
-            areas |= {f"{name}_start": values[0], f"{name}_end": values[-1],
-                      f"{name}_area": np.mean(values)}
         extra = {}
         for name, (when, _) in EXTRA.get(algo, {}).items():
             column_name = name.removeprefix("first_")
             values = [float(row[column_name]) for row in metrics[1:] if row.get(column_name)]
             last = values[-1:] if name.startswith("eval_") else values[-10:]
-            chosen = {"mean": values, "first": values[:1], "end": last,
-                      "start": [float(metrics[0].get(name) or 0)]}[when]
+            chosen = {"mean": values, "first": values[:1], "end": last}[when]
             extra[name] = np.mean(chosen or [0.0])
         record = json.loads((summary.parent / "args.json").read_text())
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
@@ -199,15 +187,14 @@ def judged(algo: str, claim: str) -> tuple[np.ndarray, list[judge.Check], str]:
     it = CLAIMS[algo][claim]
     rows, _, values = read_claim(algo, claim)
     [floor] = [row for row in read(ROOT / "results/floors.csv") if row["game"] == it.game]
-    baseline, learns = it.baseline or it.arms[1], it.learns or it.metric
-    start, end = (column(rows, baseline, f"{learns}_{name}") for name in ("start", "end"))
-    checks = judge.regime(values[it.arms[0]]["start"], end - start,
-                          float(floor.get(it.metric, floor["success"])), it.best,
-                          f"`{baseline}`" + f", {it.learns}," * bool(it.learns), it.floor_is)
+    baseline = it.baseline or it.arms[1]
+    start, end = (column(rows, baseline, f"{it.metric}_{name}") for name in ("start", "end"))
+    checks = judge.regime(values[it.arms[0]]["start"], end - start, float(floor[it.metric]),
+                          it.best, f"`{baseline}`", it.floor_is)
     for words, value, least in it.mechanisms:
         checks.append(judge.acts(words, value(lambda *name: column(rows, *name).mean()), least))
     differences = difference(algo, claim, *it.arms[:2], it.at)
-    return differences, checks, judge.verdict(differences + it.margin, checks)
+    return differences, checks, judge.verdict(differences, checks)
 
 
 def of_seeds(differences: np.ndarray) -> str:
@@ -233,8 +220,6 @@ def claim_table(algo: str, claim: str) -> str:
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
     moments = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run"}
-    if it.at == "start":
-        moments = {"start": "before training"}
     if it.says:
         differences, checks, outcome = judged(algo, claim)
         low, high = judge.interval(differences)
@@ -254,8 +239,7 @@ def claim_table(algo: str, claim: str) -> str:
                 low, high = judge.interval(differences)
                 count = len(differences)
                 parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
-        if parts:
-            lines.append(f"- `{first}` minus `{second}` ({count} seeds): " + "; ".join(parts))
+        lines.append(f"- `{first}` minus `{second}` ({count} seeds): " + "; ".join(parts))
     return "\n".join(lines)
 
 
@@ -268,7 +252,7 @@ def verdicts_table() -> str:
             if it.says:
                 differences, checks, outcome = judged(algo, name)
                 low, high = judge.interval(differences)
-                where = {"tokens": "equal tokens", "end": "the end", "start": "the start"}[it.at]
+                where = "equal tokens" if it.at == "tokens" else "the end"
                 lines.append("| " + " | ".join([
                     ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
                     f"**{outcome}**",
@@ -326,21 +310,15 @@ def levels_table(algo: str, arms: list[str]) -> str:
 
 
 def equal_tokens_table(algo: str, claim: str) -> str:
-    """Everything in CURVES after as many generated tokens as the shortest run of the claim has.
-
-    Of a claim about the start: before any training, where arms differ in how they are played.
-    """
+    """Everything in CURVES after as many generated tokens as the shortest run of the claim has."""
     arms = CLAIMS[algo][claim].arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
-    untrained = CLAIMS[algo][claim].at == "start"
-    tokens = 0 if untrained else equal_tokens(rows, arms)
-    when = "before training" if untrained else f"after {tokens / 1000:.0f}k tokens"
-    lines = [f"| {when} | " + " | ".join(CURVES[algo].values()) + " |",
+    tokens = equal_tokens(rows, arms)
+    lines = [f"| after {tokens / 1000:.0f}k tokens | " + " | ".join(CURVES[algo].values()) + " |",
              "|---" * (len(CURVES[algo]) + 1) + "|"]
     at = {arm: [at_tokens(curves, arm, name, tokens) for name in CURVES[algo]] for arm in arms}
     start = [at_tokens(curves, arms[0], name, 0) for name in CURVES[algo]]
-    before = [] if untrained else [("start policy", start)]
-    for label, values in [*before, *((f"`{arm}`", at[arm]) for arm in arms)]:
+    for label, values in [("start policy", start), *((f"`{arm}`", at[arm]) for arm in arms)]:
         cells = [f"{x.mean():.3g} ± {x.std(ddof=1):.2g}" for x in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for arm in arms[1:]:
@@ -373,7 +351,7 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
                       markersize=3, label=arm.split("_", 1)[1])
         axis.set(title=claim.title, ylabel=f"held-out {claim.metric}",
                  xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
-        if claim.metric.startswith("success"):
+        if claim.metric == "success":
             axis.set_ylim(0, 1)
         axis.legend(title="mean (thin: each seed)", fontsize=8, title_fontsize=8)
     figure.savefig(ROOT / f"docs/figures/{algo}.png", dpi=120)

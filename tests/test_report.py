@@ -128,27 +128,6 @@ def test_a_claim_judged_by_hand(monkeypatch):
     assert "**failed**: drift 0.4, needed 0.5" in text and "- `new` minus `old` (3 seeds): over the run +0.000" in text
 
 
-def test_a_claim_about_the_start_is_judged_before_training(monkeypatch):
-    """Differences 0.3, 0.4 at the start, 0 at the end; the table of all columns shows every arm before its first token."""
-    starts = {"new": ("0.5", "0.7"), "old": ("0.2", "0.3")}
-    rows = [{"arm": arm, "seed": seed, "success_start": starts[arm][n], "success_end": f"0.{80 + n}", "success_area": "0.7",
-             "generated_tokens": "1000", "optimizer_steps": "4", "seconds": "9"} for arm in starts for n, seed in enumerate("12")]
-    curves = [{"arm": row["arm"], "seed": row["seed"], "generated_tokens": tokens, "success": row[f"success_{end}"]}
-              for row in rows for tokens, end in (("0", "start"), ("1000", "end"))]
-    floors = [{"game": "toy", "success": "0.01"}]
-    monkeypatch.setattr(report, "read", lambda path: {"toy": rows, "toy_curves": curves, "floors": floors}[path.stem])
-    monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claims.Claim("t", "toy", ("new", "old"), says="it helps", at="start")}})
-    monkeypatch.setattr(report, "ALGORITHMS", {"toy": ("Toy",)})
-    monkeypatch.setitem(report.CURVES, "toy", {"success": "success"})
-    assert report.judged("toy", "A")[0] == pytest.approx([0.3, 0.4])
-    text = report.claim_table("toy", "A")
-    assert "`new` minus `old` before training +0.350" in text and "over the run +" not in text and "- `new`" not in text
-    assert "success at the start: +0.350" in report.verdicts_table()
-    assert report.equal_tokens_table("toy", "A").splitlines() == [
-        "| before training | success |", "|---|---|", "| `new` | 0.6 ± 0.14 |", "| `old` | 0.25 ± 0.071 |",
-        "| `new` minus `old` | [-0.285, +0.985] |"]
-
-
 def test_the_baseline_gains_from_its_own_start_and_a_pair_is_read_where_its_shorter_run_ends(monkeypatch):
     """`old` starts at 0.5 and ends there: no gain, though `new` starts at 0.1. `brief` ends at 10 tokens, the pair at 100."""
     starts, ends, tokens = {"new": 0.1, "old": 0.5, "brief": 0.1}, {"new": 0.9, "old": 0.5, "brief": 0.1}, {"new": 200, "old": 100, "brief": 10}
@@ -164,44 +143,6 @@ def test_the_baseline_gains_from_its_own_start_and_a_pair_is_read_where_its_shor
     assert differences == pytest.approx([0.0] * 3), "at 100 tokens new is half way, at 0.5"
     assert [check.passed for check in checks] == [True, False], "measured from the start of new, old would gain 0.4"
     assert report.difference("toy", "A", "new", "brief", "tokens") == pytest.approx([0.04] * 3)
-
-
-def test_a_claim_that_nothing_is_lost_by_hand(monkeypatch):
-    """`new` loses 0.02 of 'first': within the margin of 0.05, not within 0.01. `old` gains 0.4 of 'first' and nothing of success,
-    and has to gain in what the claim says: its metric, or `learns`."""
-    rows = [{"arm": arm, "seed": seed, "first_start": "0.3", "first_end": str(end + 0.001 * int(seed) * (arm == "old")), "first_area": "0.3",
-             "success_start": "0.5", "success_end": str(0.5 + 0.01 * int(seed) * (-1) ** int(seed)), "success_area": "0.5", "generated_tokens": "9"}
-            for arm, end in (("new", 0.68), ("old", 0.7)) for seed in "123"]
-    floors = [{"game": "toy", "success": "0.1", "return": "-5"}]
-    monkeypatch.setattr(report, "read", lambda path: {"toy": rows, "toy_curves": [], "floors": floors}[path.stem])
-
-    def judged(**changes):
-        claim = claims.Claim("t", "toy", ("new", "old"), says="nothing is lost", at="end", **changes)
-        monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claim}})
-        return report.judged("toy", "A")
-    for margin, expected in ((0.05, "supported"), (0.01, "refuted")):
-        differences, checks, outcome = judged(metric="first", margin=margin)
-        assert differences == pytest.approx([-0.021, -0.022, -0.023]) and outcome == expected
-        assert [check.passed for check in checks] == [True, True] and "random play 0.10" in checks[0].words
-    assert [check.passed for check in judged()[1]] == [True, False], "success does not rise"
-    assert [str(check) for check in judged(learns="first")[1]][1] == "`old`, first, must gain: [+0.40, +0.40]"
-
-
-def test_a_metric_of_a_claim_is_collected_at_both_ends(tmp_path, monkeypatch):
-    folder = tmp_path / "runs/toy/arm-1/run"
-    folder.mkdir(parents=True)
-    (tmp_path / "results").mkdir()
-    (folder / "summary.json").write_text('{"success_start": 0.2, "success_end": 0.6}')
-    (folder / "args.json").write_text('{"versions": {"commit": "0"}}')
-    (folder / "metrics.csv").write_text("iteration,eval_success,eval_return,eval_first,optimizer_steps,generated_tokens,seconds\n"
-                                        "0,0.2,0.2,0.1,,,9\n2,0.6,0.6,0.4,2,100,14\n")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    claim = claims.Claim("t", "toy", ("arm",), learns="first")
-    monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claim}})
-    report.collect(tmp_path / "runs", "toy")
-    [row] = csv.DictReader(open(tmp_path / "results/toy.csv"))
-    assert (row["first_start"], row["first_end"], row["first_area"]) == ("0.1", "0.4", "0.25")
-    assert [c["first"] for c in csv.DictReader(open(tmp_path / "results/toy_curves.csv"))] == ["0.1", "0.4"]
 
 
 def test_every_claim_has_a_floor_and_arms_that_were_run():
@@ -386,7 +327,7 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
         "iteration,eval_success,eval_return,optimizer_steps,drawn_advantage,groups_without_signal,"
         "generated_tokens,seconds\n0,0.2,-1,,,,,9\n1,,,2,0.5,0.25,70,11\n2,0.6,1,2,,0.75,100,14\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setitem(report.EXTRA, "toy", report.EXTRA["ms_grpo"] | {"eval_return": ("start", None)})
+    monkeypatch.setitem(report.EXTRA, "toy", report.EXTRA["ms_grpo"] | {"first_groups_without_signal": ("first", None)})
     (tmp_path / "results/toy.csv").write_text("arm,seed,success_end\narm_a,7,0.1\narm_a,10,0.3\narm_b,7,0.4\n")
     report.collect(tmp_path / "runs", "toy")
     row, *others = csv.DictReader(open(tmp_path / "results/toy.csv"))
@@ -394,7 +335,7 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
         ("arm_a", "10", "0.3"), ("arm_b", "7", "0.4")], "runs that are not there leave their rows as they are"
     assert row == {"arm": "arm_a", "seed": "7", "success_start": "0.2", "success_end": "0.6",
                    "success_area": "0.4", "return_area": "0", "optimizer_steps": "4",
-                   "drawn_advantage": "0.5", "groups_without_signal": "0.5", "eval_return": "-1",
+                   "drawn_advantage": "0.5", "groups_without_signal": "0.5", "first_groups_without_signal": "0.25",
                    "commit": "0123456789"}
     curves = list(csv.DictReader(open(tmp_path / "results/toy_curves.csv")))
     assert [(c["iteration"], c["success"]) for c in curves] == [("0", "0.2"), ("2", "0.6")]
