@@ -275,12 +275,12 @@ def main(args: Args) -> dict[str, float]:
             # 4. update: one step per turn, and the weights for the next one
             updates, running = [], torch.ones_like(advantages)  # (E,) M / A
             lengths = all_gather(torch.tensor([len(e.turns) for e in episodes]))
-            weights = advantages.new_ones(len(episodes), int(lengths.max()))  # (E, K) M / A, used
+            m_over_a = advantages.new_ones(len(episodes), int(lengths.max()))  # (E, K), as trained
             rng = random_stream(args.seed, DRAW, iteration)
-            for turns in turn_order(weights.shape[1], args.order, rng):
+            for turns in turn_order(m_over_a.shape[1], args.order, rng):
                 rows = rows_of_turns(batch, turns)
-                weights[rows["episode_id"][:, None], turns] = running[rows["episode_id"], None]
-                credit = advantages[:, None] * weights  # (E, K) M
+                m_over_a[rows["episode_id"][:, None], turns] = running[rows["episode_id"], None]
+                credit = advantages[:, None] * m_over_a  # (E, K) M
                 rows["advantages"] = expand_to_tokens(credit, rows["turn_id"], rows["episode_id"])
                 if not all_reduce_sum(rows["advantages"].abs().sum()):
                     continue  # nothing to learn from
@@ -297,7 +297,7 @@ def main(args: Args) -> dict[str, float]:
 
             # 5. log (evaluation and checkpoints: run.iterations)
             batch["advantages"] = expand_to_tokens(credit, batch["turn_id"], batch["episode_id"])
-            outside = all_gather(((weights < 0.8) | (weights > 1.2)).any(1))
+            outside = all_gather(((m_over_a < 0.8) | (m_over_a > 1.2)).any(1))
             run.log(iteration, episodes, updates, batch if updates else None,
                     groups_without_signal=groups_without_signal(advantages, args.group_size),
                     task_reward=rewards.mean().item(),
