@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -243,8 +244,11 @@ def refresh_logprobs(policy: Policy, episodes: list[Episode], args: RunArgs):
         logprobs, _ = batch_logprobs(policy, batch, args)
         sampled = iter(logprobs[batch["turn_id"] >= 0].tolist())
         for turn in turns:
-            turn.logprobs = [0.0 if position in turn.forced else next(sampled)
-                             for position in range(len(turn.token_ids))]
+            new = [0.0 if position in turn.forced else next(sampled)
+                   for position in range(len(turn.token_ids))]
+            if math.isnan(turn.gap):  # leaves of a tree share turns: the first time counts
+                turn.gap = sum(abs(x - y) for x, y in zip(new, turn.logprobs, strict=True))
+            turn.logprobs = new
 
 
 # === 2. Evaluation ===============================================================================

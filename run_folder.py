@@ -335,10 +335,12 @@ class Run:
         metrics = {"optimizer_steps": len(updates)} | means | metrics
         train = episode_metrics(episodes)
         turns = {id(turn): turn for e in episodes for turn in e.turns}.values()  # shared ones once
-        steps = all_reduce_sum(torch.tensor([
-            len(turns), sum(turn.num_sampled for turn in turns)])).tolist()
-        self.totals["environment_steps"] += steps[0]
-        self.totals["generated_tokens"] += steps[1]
+        steps, sampled, gap = all_reduce_sum(torch.tensor([
+            len(turns), sum(turn.num_sampled for turn in turns), sum(turn.gap for turn in turns)],
+            dtype=torch.double)).tolist()
+        self.totals["environment_steps"] += int(steps)
+        self.totals["generated_tokens"] += int(sampled)
+        metrics["sampling_gap"] = gap / sampled if sampled else math.nan  # nan in fp32: no cell
         self.rows.append({"iteration": iteration + 1})
         self.write({f"train_{name}": value for name, value in train.items()} | metrics)
         speed = self.totals["generated_tokens"] / (time.perf_counter() - self.clock)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ class Turn:
     forced: set[int] = dataclasses.field(default_factory=set)  # positions put in, not sampled
     reward: float = 0.0
     info: dict = dataclasses.field(default_factory=dict)  # what the environment answered
+    gap: float = math.nan  # by how much rollouts.refresh_logprobs changed logprobs, in total
 
     @property
     def num_sampled(self) -> int:

@@ -1,5 +1,6 @@
 """What needs a CUDA device: `pytest -m gpu`. Without one these tests are skipped."""
 
+import csv
 import importlib
 
 import numpy as np
@@ -40,8 +41,11 @@ def test_every_script_trains_on_the_gpu(tmp_path, chat_folder, script, model):
     summary = module.main(module.Args(
         device="cuda", model="tiny" if model == "tiny" else chat_folder, num_prompts=2,
         group_size=4, num_iterations=2, warm_start_steps=20, eval_episodes=8, max_turn_tokens=4,
-        print_samples=0, run_dir=str(tmp_path), **some))
+        print_samples=1, run_dir=str(tmp_path), **some))
     assert summary["iterations"] == 2 and np.isfinite(summary["return_end"])
+    [table] = tmp_path.glob("*/metrics.csv")
+    gaps = [row.get("sampling_gap") for row in csv.DictReader(open(table))][1:]
+    assert all(0 < float(gap) < 1 for gap in gaps) if model == "folder" else gaps == [None, None]
 
 
 def test_beliefs_on_the_gpu_equal_those_on_the_cpu(tiny_policy):
