@@ -1,163 +1,201 @@
-"""How fast a model of half a billion random parameters decodes and trains, against what the GPU could do.
+"""What a GPU does: its tests, every script on it, tokens per second, and a chat model that learns.
 
-    python tests/benchmarks/gpu.py [--batches 1 16 64 256] [--csv results/gpu.csv]
+    python tests/benchmarks/gpu.py [stage ..]        all stages, or some of:
 
-decode: rows of 256 tokens go on by 64, sampled as in a rollout (autocast to bf16 around all of it). The limit is
-memory: every step reads all weights (bf16) and the cached keys and values.
-train: forward, backward and optimizer step on rows of 512 tokens, 64 of them sampled, with and without
---gradient-checkpointing. The limit is 6 operations per weight and token (of the output layer: per sampled token) at the rate of a
-large bf16 product.
-Bandwidth and rate are measured in the same run. On a CPU: --device cpu --layers 2 --width 64 --vocabulary 512.
+    tests     pytest -m gpu
+    scripts   every script with its default tiny model: success before and after, minutes
+    speed     decoding and training of a model of half a billion weights, by gpu_speed.py
+    chat      SmolLM2-135M after a short imitation, on three games: success before and after, minutes to the target
+
+Every stage adds rows to results/gpu.csv as soon as it has them, in place of the same numbers of the same device.
+Runs are kept in runs/gpu: one that is finished is not made again, and one that was stopped goes on.
+--minutes is the limit of a run, its earlier parts included: after that it ends its iteration and stops.
+Without a GPU, --device cpu --quick tries all of it in tiny sizes.
 """
 
+import concurrent.futures
 import csv
 import dataclasses
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from envs.episodes import Turn
-from policies import Policy, load_policy, make_tiny
-from rollouts import Decoder, sample_answers
-from utils import RunArgs, micro_batches, optimizer_step, token_logprobs
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_speed
+from exercises import copy_of_the_tree
 
-PROMPT, ANSWER, ROW = 256, 64, 512
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = {"guess_number": 0.85, "frozen_lake": 0.9}  # success that a chat model should reach
+GAMES = {
+    "frozen_lake": ["--env-id", "turnrl/FrozenLake-v0", "--max-turn-tokens", "8"],  # without slipping
+    "guess_number": ["--env-id", "turnrl/GuessNumber-v0", "--max-turns", "10", "--max-turn-tokens", "8",
+                     "--warm-start-steps", "200"],  # 1 to 1024, ten guesses
+    "search": ["--env-id", "turnrl/SearchQA-v0", "--env-kwargs", '{"regime": "easy"}', "--max-turn-tokens", "16"]}
+CHAT = ["--warm-start-steps", "100", "--num-iterations", "200", "--num-prompts", "64", "--num-minibatches", "4",
+        "--learning-rate", "2e-5", "--micro-batch-tokens", "8192", "--eval-every", "5", "--eval-episodes", "256",
+        "--save-every", "10"]
+GRPO = ["--history-turns", "None", "--sampling", "all"]  # a growing row, no draw
+ALGORITHMS = {"ms_grpo": GRPO, "gigpo": ["--history-turns", "None"], "igpo": [],
+       "st_ppo": ["--num-prompts", "512"],  # it compares nobody: groups of one
+       "tis": GRPO}  # ms_grpo with the patch of docs/recipes/tis.patch
+QUICK = ["--warm-start-steps", "2", "--num-iterations", "1", "--num-prompts", "4", "--group-size", "2",
+         "--eval-episodes", "4", "--eval-every", "1", "--max-turns", "3", "--print-samples", "0"]
+TINY = gpu_speed.Sizes(batches=(1, 4), micro_batch_tokens=(1024,), layers=2, width=64, vocabulary=512, repeats=1)
 
 
 @dataclasses.dataclass
 class Options:
+    stages: tyro.conf.Positional[tuple[Literal["tests", "scripts", "speed", "chat"], ...]] = (
+        "tests", "scripts", "speed", "chat")
     device: str = "cuda"  # torch device
-    batches: tuple[int, ...] = (1, 16, 64, 256)  # rows that are decoded together
-    micro_batch_tokens: tuple[int, ...] = (4096, 16384)  # tokens per forward pass of a training step
-    layers: int = 24  # these four make a model of the size of Qwen2.5-0.5B
-    width: int = 896
-    vocabulary: int = 151936
-    repeats: int = 5  # measurements, of which the median counts
-    folder: str = "runs/gpu-model"  # where the random model is kept
-    csv: str | None = None  # file the rows are written to
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the stage chat: a folder or hub id
+    only: tuple[str, ...] = ()  # runs of scripts and chat whose names begin like that
+    minutes: float = 10.0  # limit of a run
+    together: int = 1  # runs at the same time; they share the device, so each takes longer
+    quick: bool = False  # tiny sizes
+    sizes: gpu_speed.Sizes = dataclasses.field(default_factory=gpu_speed.Sizes)  # of the stage speed
+    folder: str = "runs/gpu"  # of the runs and the random model
+    csv: str = "results/gpu.csv"
+    commit: str = ""  # of the code, where git cannot tell
 
 
-def seconds(call, device: torch.device, repeats: int) -> float:
-    """The median time of a call, after two that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
+class Benchmark:
+    def __init__(self, options: Options):
+        self.options, self.folder, self.device = options, Path(options.folder), torch.device(options.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cuda = self.device.type == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise SystemExit("there is no CUDA device (--device cpu --quick tries the stages without one)")
+        commit = options.commit or subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()[:10]
+        self.where = {
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu", "torch": torch.__version__,
+            "transformers": transformers.__version__, "commit": commit}
 
-
-def limits(device: torch.device, repeats: int) -> tuple[float, float]:
-    """Bytes per second of a large copy, operations per second of a large bf16 product."""
-    size = 2**30 if device.type == "cuda" else 2**24
-    x = torch.zeros(size, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    bandwidth = 2 * size / seconds(lambda: y.copy_(x), device, repeats)
-    n = 8192 if device.type == "cuda" else 512
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    return bandwidth, 2 * n**3 / seconds(lambda: a @ a, device, repeats)
-
-
-def make_model(options: Options) -> str:
-    """The random model and a tokenizer with a chat template, as a folder."""
-    folder = Path(options.folder) / f"{options.layers}-{options.width}-{options.vocabulary}"
-    if not folder.exists():
-        _, tokenizer = make_tiny(RunArgs(), ["word"] * 9)
-        heads = max(2, options.width // 64)
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-            vocab_size=options.vocabulary, hidden_size=options.width, num_attention_heads=heads,
-            intermediate_size=options.width * 38 // 7 // 2 * 2, num_hidden_layers=options.layers, num_key_value_heads=2,
-            max_position_embeddings=32768, tie_word_embeddings=True))
-        Policy(model, tokenizer, "cpu").save(folder)
-    return str(folder)
-
-
-class Timed(Decoder):
-    """Notes when the logits after the prompts are there."""
-
-    start = None
-
-    def feed(self, rows, active=None):
-        logits = super().feed(rows, active)
-        if self.start is None:
-            logits.sum().item()  # waits for the GPU
-            self.start = time.perf_counter()
-        return logits
-
-
-@torch.no_grad()
-def decode(policy: Policy, batch: int):
-    """Answers of ANSWER tokens to prompts of PROMPT tokens; the seconds of the answers only."""
-    policy.end_ids = []  # no answer ends early
-    decoder, uniforms = Timed(policy, batch), torch.rand(batch, ANSWER + 1, dtype=torch.double)
-    rows, turns = [[7] * PROMPT for _ in range(batch)], [Turn("", "") for _ in range(batch)]
-    sample_answers(decoder, rows, turns, [ANSWER + 1] * batch, uniforms, 1.0)
-    return time.perf_counter() - decoder.start
-
-
-def main(options: Options):
-    device, folder, rows = torch.device(options.device), make_model(options), []
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    bandwidth, rate = limits(device, options.repeats)
-    print(f"{name}: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.1f} TFLOP/s in bf16, torch {torch.__version__}")
-
-    def report(what: str, size: int, tokens_per_second: float, limit: float):
-        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        rows.append({"device": name, "torch": torch.__version__, "what": what, "size": size,
-                     "tokens_per_second": round(tokens_per_second), "limit": round(limit),
-                     "share_of_limit": round(tokens_per_second / limit, 3), "peak_gib": round(peak, 2)})
-        print(f"{what:28s} {size:6d}  {tokens_per_second:10.0f} tokens/s  {tokens_per_second / limit:6.1%} of "
-              f"{limit:.0f}  peak {peak:.1f} GiB", flush=True)
-
-    for checkpointing in (False, True):
-        policy = load_policy(RunArgs(model=folder, device=options.device, gradient_checkpointing=checkpointing))
-        count = sum(p.numel() for p in policy.model.parameters())
-        head = policy.model.lm_head.weight.numel()  # works where a token was sampled only
-        optimizer = torch.optim.AdamW(policy.model.parameters(), 1e-6, weight_decay=0)
-        for tokens in options.micro_batch_tokens:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            turn_id = torch.full((2 * tokens // ROW, ROW), -1, device=device)
-            turn_id[:, -ANSWER:] = 0
-            batch = {"tokens": torch.full_like(turn_id, 7), "turn_id": turn_id,
-                     "lengths": torch.full((len(turn_id),), ROW, device=device)}
-
-            def step(batch=batch, tokens=tokens, policy=policy, optimizer=optimizer):
-                for part in micro_batches(batch, tokens):
-                    logprobs, entropy = token_logprobs(policy, part, 1.0)
-                    (logprobs.mean() + 0.01 * entropy.mean()).backward()
-                optimizer_step(policy.model, optimizer, 1.0)
-            used = seconds(step, device, options.repeats)
-            report("train, checkpointing" if checkpointing else "train", tokens,
-                   batch["tokens"].numel() / used, rate / 6 / (count - head * (1 - ANSWER / ROW)))
-        del step, policy, optimizer
-    print(f"{count / 1e6:.0f} million parameters")
-
-    policy = load_policy(RunArgs(model=folder, device=options.device))
-    config, count = policy.model.config, sum(p.numel() for p in policy.model.parameters())
-    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
-        config.hidden_size // config.num_attention_heads)  # bytes of keys and values
-    for batch in options.batches:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = sorted(decode(policy, batch) for _ in range(options.repeats + 2))
-        read = 2 * count + batch * (PROMPT + ANSWER / 2) * per_token
-        report("decode", batch, batch * ANSWER / times[options.repeats // 2], batch * bandwidth / read)
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+    def record(self, stage: str, name: str, values: dict[str, float]):
+        """Write the numbers of one thing that was measured, in place of the same numbers of this device."""
+        print(f"{stage} {name}: " + ", ".join(f"{metric} {x:.4g}" for metric, x in values.items()), flush=True)
+        path, key = Path(self.options.csv), ("stage", "name", "metric", "device")
+        new = [{"stage": stage, "name": name, "metric": metric, "value": f"{x:.6g}"} | self.where
+               for metric, x in values.items()]
+        rows = {tuple(row[name] for name in key): row for row in (read(path) if path.exists() else []) + new}
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["stage", "name", "metric", "value", *self.where])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(rows.values())
+
+    def tests(self):
+        report = self.folder.resolve() / "tests.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-n0", "-m", "gpu", "--tb=short", f"--junitxml={report}",
+                        "tests/test_gpu.py"], cwd=ROOT)
+        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+            outcomes = {part.tag for part in case}  # none if it passed
+            self.record("tests", case.get("name"), {
+                "passed": not outcomes & {"failure", "error", "skipped"}, "skipped": "skipped" in outcomes,
+                "seconds": float(case.get("time"))})
+
+    def scripts(self):
+        flags = ["--device", self.options.device, *(QUICK if self.options.quick else [])]
+        scripts = sorted((ROOT / "algos").glob("*.py"))
+        self.play("scripts", {path.stem: (path, flags) for path in scripts})
+
+    def speed(self):
+        sizes = TINY if self.options.quick else self.options.sizes
+        for name, values in gpu_speed.measure(sizes, self.device, self.folder):
+            self.record("speed", name, values)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # it is not in use by the stage chat
+
+    def chat(self):
+        quick, model, runs = self.options.quick, self.options.model, {}
+        if quick and model == Options.model:
+            model = gpu_speed.make_model(TINY, self.folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            tree = copy_of_the_tree(temporary)
+            subprocess.run(["git", "apply", "docs/recipes/tis.patch"], cwd=tree, check=True)
+            for algo, own in ALGORITHMS.items():
+                path = tree / "algos/ms_grpo.py" if algo == "tis" else ROOT / f"algos/{algo}.py"
+                for game in ["guess_number"] if quick else GAMES:
+                    runs[f"{game}_{algo}"] = (path, ["--model", model, "--device", self.options.device, *CHAT,
+                                                     *GAMES[game], *own, *(QUICK if quick else [])])
+            runs.pop("frozen_lake_igpo", None)  # the lake has no answer to believe in
+            self.play("chat", runs)
+
+    def play(self, stage: str, runs: dict[str, tuple[Path, list[str]]]):
+        """Make some runs, --together at a time: name -> script and flags."""
+        pool = concurrent.futures.ThreadPoolExecutor(self.options.together)
+        parts = {pool.submit(self.run, self.folder / stage / name, *run): name
+                 for name, run in runs.items() if name.startswith(self.options.only or "")}
+        try:
+            for part in concurrent.futures.as_completed(parts):
+                name = parts[part]
+                target = next((x for game, x in TARGETS.items() if name.startswith(game)), None)
+                self.record(stage, name, part.result() | reached(self.folder / stage / name, target))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def run(self, folder: Path, script: Path, flags: list[str]) -> dict[str, float]:
+        """Begin the run in this folder, or go on with it, until its end or until its minutes are over."""
+        cuda, peak, more = self.device.type == "cuda", 0, ["--run-dir", folder]
+        used, limit = 0.0, 60 * self.options.minutes
+        for run in folder.glob("*/checkpoint"):
+            more, used = ["--resume", run.parent], float(read(run.parent / "metrics.csv")[-1]["seconds"])
+        if used > limit or any(folder.glob("*/summary.json")):
+            return {}
+        threads = str(max(1, (os.cpu_count() or 1) // self.options.together))
+        env = {"TURNRL_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": threads} | os.environ
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "a") as log:
+            process = subprocess.Popen([sys.executable, script, *flags, *more], stdout=log, stderr=log, env=env)
+            end = time.monotonic() + limit - used
+            while process.poll() is None:
+                if time.monotonic() > end:  # it finishes its iteration and writes a checkpoint
+                    process.send_signal(signal.SIGINT)
+                    end = float("inf")
+                if cuda:
+                    free, total = torch.cuda.mem_get_info(self.device)
+                    peak = max(peak, total - free)
+                time.sleep(0.2)
+        if process.returncode not in (0, 130):
+            print(f"{folder.name} failed:", *(folder / "log.txt").read_text().splitlines()[-5:], sep="\n")
+        used_by_all = {"gib_in_use": peak / 2**30} if cuda else {}  # on the device
+        return {"exit_code": process.returncode, "together": self.options.together} | used_by_all
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reached(folder: Path, target: float | None) -> dict[str, float]:
+    """What the run of this folder has come to."""
+    runs = sorted(folder.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        return {}
+    rows = read(runs[-1])
+    evals = [(float(row["eval_success"]), float(row["seconds"]) / 60) for row in rows if row.get("eval_success")]
+    last, there = rows[-1], [minutes for success, minutes in evals if target and success >= target]
+    values = {"success_start": evals[0][0], "success_end": evals[-1][0], "iterations": float(last["iteration"]),
+              "minutes": float(last["seconds"]) / 60,
+              "tokens_per_second": float(last["generated_tokens"]) / float(last["seconds"])}
+    values |= {"minutes_to_target": there[0]} if there else {}
+    for column in ("sampling_gap", "importance"):  # of bf16; of the recipe tis
+        numbers = [float(row[column]) for row in rows if row.get(column)]
+        values |= {column: sum(numbers) / len(numbers), f"{column}_last": numbers[-1]} if numbers else {}
+    return values
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    benchmark = Benchmark(tyro.cli(Options, description=__doc__))
+    for stage in benchmark.options.stages:
+        getattr(benchmark, stage)()
