@@ -442,13 +442,13 @@ def largest_difference(policy: Policy) -> float:
         raise ValueError(f"its forward pass fails in a rollout: {reason(error)}") from error
     if not all(episode.turns for episode in episodes):
         raise ValueError(f"a context of {policy.context_length} tokens is too short to try it")
-    largest = 0.0
+    differences = []
     for some in (episodes, *([episode] for episode in episodes)):
         batch = collate(some, policy.device)
         with torch.no_grad():
             logprobs, _ = token_logprobs(policy, batch, temperature=1.0)
-        largest = max(largest, (logprobs - batch["old_logprobs"]).abs().max().item())
-    return largest
+        differences.append((logprobs - batch["old_logprobs"]).abs().max())
+    return torch.stack(differences).max().item()  # nan if one is
 
 
 def self_check(policy: Policy):

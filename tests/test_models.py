@@ -1,6 +1,7 @@
 """Models that people bring: the trial of tests/benchmarks/models.py for one of every kind, and what is refused."""
 
 import doctest
+import math
 
 import pytest
 import torch
@@ -112,6 +113,21 @@ def test_what_is_refused_gets_one_line(name, reason, tmp_path, capsys):
 def test_the_self_check_refuses_with_a_reason(name, reason):
     with pytest.raises(ValueError, match=reason):
         self_check(policy_of(name, 2000))
+
+
+@pytest.mark.parametrize("bad", [{0}, {1}, {3}, set(range(9))])
+def test_log_probs_that_are_not_a_number_are_refused(chat_policy, monkeypatch, bad):
+    """In any of the four passes of a check."""
+    score, passes = policies.token_logprobs, []
+
+    def broken(*args, **kwargs):
+        passes.append(score(*args, **kwargs)[0])
+        return passes[-1] * (math.nan if len(passes) - 1 in bad else 1), None
+    monkeypatch.setattr(policies, "token_logprobs", broken)
+    assert math.isnan(policies.largest_difference(chat_policy)) and len(passes) == 4
+    if len(bad) > 4:
+        with pytest.raises(ValueError, match="off by nan nats"):
+            self_check(chat_policy)
 
 
 def test_worked_examples():
