@@ -20,18 +20,18 @@ def benchmark(tmp_path, **options) -> gpu.Benchmark:
         device="cpu", folder=str(tmp_path / "runs"), csv=str(tmp_path / "gpu.csv"), commit="abc", **options))
 
 
-def test_a_number_that_is_measured_again_takes_the_place_of_the_old_one(tmp_path):
+def test_what_is_measured_again_takes_the_place_of_its_old_numbers(tmp_path):
     bench = benchmark(tmp_path)
-    bench.record("speed", "decode 1", {"tokens_per_second": 1234567.0, "limit": 2.0})
+    bench.record("speed", "decode 1", {"tokens_per_second": 1.0, "limit": 2.0, "peak_gib": 3.0})
     bench.record("speed", "decode 4", {"limit": 3.0})
-    bench.record("speed", "decode 1", {"limit": 0.25})
+    bench.record("speed", "decode 1", {"tokens_per_second": 1234567.0, "limit": 0.25})
     bench.where |= {"device": "another"}
     bench.record("speed", "decode 1", {"limit": 9.0})
     rows = gpu.read(tmp_path / "gpu.csv")
     assert list(rows[0]) == COLUMNS
     assert [(row["name"], row["metric"], row["value"], row["device"]) for row in rows] == [
-        ("decode 1", "tokens_per_second", "1.23457e+06", "cpu"), ("decode 1", "limit", "0.25", "cpu"),
-        ("decode 4", "limit", "3", "cpu"), ("decode 1", "limit", "9", "another")]
+        ("decode 4", "limit", "3", "cpu"), ("decode 1", "tokens_per_second", "1.23457e+06", "cpu"),
+        ("decode 1", "limit", "0.25", "cpu"), ("decode 1", "limit", "9", "another")]
     assert {row["commit"] for row in rows} == {"abc"}
 
 
@@ -60,19 +60,37 @@ def test_every_run_of_the_stage_chat_has_flags_that_its_script_knows(tmp_path, m
         assert args.num_prompts * args.group_size == 512 and args.warm_start_steps >= 100
 
 
-@pytest.mark.slow
+def test_only_what_was_made_now_is_written(tmp_path, monkeypatch, capsys):
+    """With the versions of now; and --only chooses by how a name begins."""
+    bench = benchmark(tmp_path, only=("a", "c"), together=2)
+    monkeypatch.setattr(bench, "run", lambda folder, script, flags: {"exit_code": 1} if folder.name == "ab" else {})
+    bench.play("scripts", dict.fromkeys(("ab", "bc", "ca"), (None, [])))
+    assert [(row["name"], row["metric"]) for row in gpu.read(tmp_path / "gpu.csv")] == [("ab", "exit_code")]
+    assert "scripts ca: finished, or its minutes are over" in capsys.readouterr().out.splitlines()
+
+
+SCRIPT = """
+import pathlib, signal, sys, time
+where = pathlib.Path(sys.argv[-1])
+run = where if "--resume" in sys.argv else where / "run"
+(run / "checkpoint").mkdir(parents=True, exist_ok=True)
+(run / "metrics.csv").write_text("seconds\\n6\\n")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+time.sleep(0 if "--resume" in sys.argv else 60)
+(run / "summary.json").write_text("{}")
+"""
+
+
 def test_a_run_is_stopped_at_its_limit_and_goes_on_with_a_longer_one(tmp_path):
-    """Not begun again with the same limit; then ended by the number of its iterations."""
-    flags = ["--num-iterations", "40", "--warm-start-steps", "2", "--num-prompts", "2", "--group-size", "2", "--eval-episodes", "2",
-             "--print-samples", "0"]
-    run = tmp_path / "run", ROOT / "algos/ms_grpo.py", flags
-    bench = benchmark(tmp_path)
-    for exit_code, bench.options.minutes in ((130, 0.2), (0, 5)):
-        assert bench.run(*run) == {"exit_code": exit_code, "together": 1}
-        [metrics] = (tmp_path / "run").glob("*/metrics.csv")
-        done = int(gpu.read(metrics)[-1]["iteration"])
-        assert 0 < done < 40 if exit_code else done == 40
-    assert bench.run(*run) == {}, "it is finished"
+    """A script that says it needed 6 seconds before it was stopped: a limit of 5 is over, one of 9 is not."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    bench, run = benchmark(tmp_path), (tmp_path / "run", tmp_path / "script.py", [])
+    for seconds, exit_code in ((5, 143), (5, None), (9, 0), (9, None)):
+        bench.options.minutes = seconds / 60
+        assert bench.run(*run) == ({} if exit_code is None else {"exit_code": exit_code, "together": 1})
+    (tmp_path / "script.py").write_text("raise SystemExit('what is wrong')")
+    assert bench.run(tmp_path / "other", *run[1:])["exit_code"] == 1
+    assert bench.run(tmp_path / "other", *run[1:])["exit_code"] == 1, "it is tried again"
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@
     speed     decoding and training of a model of half a billion weights, by gpu_speed.py
     chat      SmolLM2-135M after a short imitation, on three games: success before and after, minutes to the target
 
-Every stage adds rows to results/gpu.csv as soon as it has them, in place of the same numbers of the same device.
+Every stage adds rows to results/gpu.csv as soon as it has them, in place of earlier ones of the same device.
 Runs are kept in runs/gpu: one that is finished is not made again, and one that was stopped goes on.
---minutes is the limit of a run, its earlier parts included: after that it ends its iteration and stops.
+--minutes is the limit of a run, its earlier parts included: after that it ends its iteration and stops (exit_code 143).
 Without a GPU, --device cpu --quick tries all of it in tiny sizes.
 """
 
@@ -17,7 +17,6 @@ import concurrent.futures
 import csv
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -72,7 +71,8 @@ class Options:
 class Benchmark:
     def __init__(self, options: Options):
         self.options, self.folder, self.device = options, Path(options.folder), torch.device(options.device)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, Path(options.csv).parent):
+            folder.mkdir(parents=True, exist_ok=True)
         cuda = self.device.type == "cuda"
         if cuda and not torch.cuda.is_available():
             raise SystemExit("there is no CUDA device (--device cpu --quick tries the stages without one)")
@@ -83,16 +83,17 @@ class Benchmark:
             "transformers": transformers.__version__, "commit": commit}
 
     def record(self, stage: str, name: str, values: dict[str, float]):
-        """Write the numbers of one thing that was measured, in place of the same numbers of this device."""
+        """Write the numbers of one thing that was measured, in place of its earlier ones on this device."""
         print(f"{stage} {name}: " + ", ".join(f"{metric} {x:.4g}" for metric, x in values.items()), flush=True)
-        path, key = Path(self.options.csv), ("stage", "name", "metric", "device")
-        new = [{"stage": stage, "name": name, "metric": metric, "value": f"{x:.6g}"} | self.where
-               for metric, x in values.items()]
-        rows = {tuple(row[name] for name in key): row for row in (read(path) if path.exists() else []) + new}
+        path, key = Path(self.options.csv), (stage, name, self.where["device"])
+        rows = [row for row in (read(path) if path.exists() else [])
+                if (row["stage"], row["name"], row["device"]) != key]
+        rows += [{"stage": stage, "name": name, "metric": metric, "value": f"{x:.6g}"} | self.where
+                 for metric, x in values.items()]
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, ["stage", "name", "metric", "value", *self.where])
             writer.writeheader()
-            writer.writerows(rows.values())
+            writer.writerows(rows)
 
     def tests(self):
         report = self.folder.resolve() / "tests.xml"
@@ -138,14 +139,17 @@ class Benchmark:
                  for name, run in runs.items() if name.startswith(self.options.only or "")}
         try:
             for part in concurrent.futures.as_completed(parts):
-                name = parts[part]
+                name, made = parts[part], part.result()
                 target = next((x for game, x in TARGETS.items() if name.startswith(game)), None)
-                self.record(stage, name, part.result() | reached(self.folder / stage / name, target))
+                if made:
+                    self.record(stage, name, made | reached(self.folder / stage / name, target))
+                else:
+                    print(f"{stage} {name}: finished, or its minutes are over", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
     def run(self, folder: Path, script: Path, flags: list[str]) -> dict[str, float]:
-        """Begin the run in this folder, or go on with it, until its end or until its minutes are over."""
+        """Begin the run in this folder, or go on with it, until its end or its limit; {} if that was reached before."""
         cuda, peak, more = self.device.type == "cuda", 0, ["--run-dir", folder]
         used, limit = 0.0, 60 * self.options.minutes
         for run in folder.glob("*/checkpoint"):
@@ -160,13 +164,13 @@ class Benchmark:
             end = time.monotonic() + limit - used
             while process.poll() is None:
                 if time.monotonic() > end:  # it finishes its iteration and writes a checkpoint
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
                     end = float("inf")
                 if cuda:
                     free, total = torch.cuda.mem_get_info(self.device)
                     peak = max(peak, total - free)
                 time.sleep(0.2)
-        if process.returncode not in (0, 130):
+        if process.returncode not in (0, 143, -15):  # finished; stopped in training or before it
             print(f"{folder.name} failed:", *(folder / "log.txt").read_text().splitlines()[-5:], sep="\n")
         used_by_all = {"gib_in_use": peak / 2**30} if cuda else {}  # on the device
         return {"exit_code": process.returncode, "together": self.options.together} | used_by_all
