@@ -118,16 +118,19 @@ run igpo sparse_both --env-kwargs "$sparse"
 run igpo sparse_outcome --env-kwargs "$sparse" --reward-source outcome
 run igpo sparse_gain --env-kwargs "$sparse" --reward-source information_gain
 run igpo sparse_prob --env-kwargs "$sparse" --belief prob
-# Tree-GRPO: share of tokens kept (B; tree_top50 is the default run); trees or chains, all tokens (A).
+# Tree-GRPO: trees or chains, all tokens (A); share of tokens kept (B; tree_top50 is the default run). Learning rates
+# chosen from 1e-4, 3e-4 and 1e-3 on seeds 11 and 12 for each of the shares and for chains (results/rates.csv).
+with_seeds 1 2 3 4 5 6 7 8 9 10
+every=(--keep-top-entropy 1 --learning-rate 1e-3)
+run tree_grpo tree_all "${every[@]}"
+run tree_grpo tree_chains4 "${every[@]}" --chains --learning-rate 3e-4
+with_seeds 1 2 3 4 5
+run tree_grpo tree_chains6 "${every[@]}" --group-size 6 --forks 0 --learning-rate 3e-4
+run tree_grpo tree_intra "${every[@]}" --advantage intra
+run tree_grpo tree_inter "${every[@]}" --advantage inter
 run tree_grpo tree_top50
-run tree_grpo tree_all --keep-top-entropy 1
-run tree_grpo tree_chains4 --keep-top-entropy 1 --chains
-run tree_grpo tree_top20 --keep-top-entropy 0.2
-run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask
-run tree_grpo tree_chains6 --keep-top-entropy 1 --group-size 6 --forks 0
-run tree_grpo tree_intra --keep-top-entropy 1 --advantage intra
-run tree_grpo tree_inter --keep-top-entropy 1 --advantage inter
-run tree_grpo tree_top10 --keep-top-entropy 0.1
+run tree_grpo tree_top20 --keep-top-entropy 0.2 --learning-rate 3e-4
+run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask --learning-rate 3e-4
 hopeless='{"regime": "hopeless"}'
 run igpo hopeless_both --env-kwargs "$hopeless"
 run igpo hopeless_outcome --env-kwargs "$hopeless" --reward-source outcome
@@ -157,7 +160,7 @@ run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
 # gspo_N takes N steps on all turns at once: 8 (4) use a token as often, 24 (12) are as many optimizer steps.
 # Then against GSPO and GRPO (the ratio of a turn or of a token) on the tool desk (D, E; desk_reverse is the
 # default run) and on questions (F, G): with as many optimizer steps as the longest episode has turns (8 or 6),
-# and with one, where every token is used once: five seeds, because there the order can hardly act.
+# and with one, where every token is used once.
 with_seeds 1 2 3 4 5 6 7 8 9 10
 together=(--order together)
 trust=(--env-id turnrl/Trust-v0 --env-kwargs '{"rounds": 3}' --max-turns 3 --max-turn-tokens 1 --plain-rewards
@@ -182,7 +185,6 @@ run seeupo clip_unweighted "${clip[@]}" --no-sequential-weights
 run seeupo clip_released "${clip[@]}" --released
 run seeupo clip_gspo_4 "${clip[@]}" "${together[@]}"
 run seeupo clip_gspo_12 "${clip[@]}" "${together[@]}" --steps-per-turn 12
-with_seeds 1 2 3 4 5
 question=(--env-id turnrl/SearchQA-v0 --max-turn-tokens 8)
 run seeupo desk_reverse
 run seeupo desk_gspo_8 "${together[@]}" --steps-per-turn 8
@@ -190,6 +192,7 @@ run seeupo desk_gspo_1 "${together[@]}" --learning-rate 3e-4
 run seeupo question_reverse "${question[@]}" --learning-rate 3e-4
 run seeupo question_gspo_6 "${question[@]}" --learning-rate 3e-4 "${together[@]}" --steps-per-turn 6
 run seeupo question_gspo_1 "${question[@]}" --learning-rate 1e-3 "${together[@]}"
+with_seeds 1 2 3 4 5
 run seeupo desk_grpo_8 "${together[@]}" --steps-per-turn 8 --ratio token
 run seeupo desk_grpo_1 "${together[@]}" --learning-rate 3e-4 --ratio token
 run seeupo question_grpo_6 "${question[@]}" --learning-rate 3e-4 "${together[@]}" --steps-per-turn 6 --ratio token

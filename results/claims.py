@@ -148,7 +148,7 @@ CLAIMS = {  # algo: name of the table: claim
                        lambda mean: 1 - mean("tree_all", "trees_without_signal"), 0.2),)),
         "B": Claim(
             "share of tokens kept (trees)", "search",
-            ("tree_top20", "tree_all", "tree_top50", "tree_top10", "tree_bottom80"),
+            ("tree_top20", "tree_all", "tree_top50", "tree_bottom80"),
             says="the fifth of the tokens with the highest entropy does better than all",
             mechanisms=(("tokens kept of an answer",
                        lambda mean: (mean("tree_top20", "kept_share")
@@ -237,7 +237,7 @@ DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("seeupo", "desk_reverse", "tool desk (default)"),
     ("archer", "guess_archer", "twenty questions (default)")]
 PAIRS = {  # algo: arms that are compared besides, the claim's way
-    "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "top10", "bottom80")],
+    "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "bottom80")],
     "turn_budget": [("limit_none", "limit_fixed"), ("think_none", "think_none_drop")],
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
                for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
