@@ -523,6 +523,30 @@ def exercises_table() -> str:
                       "|---" * 6 + "|", *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
+def recipes_table() -> str:
+    """results/recipes.csv, made by tests/benchmarks/recipes.py: a row per recipe and arm."""
+    rows = read(ROOT / "results/recipes.csv")
+    lines = ["| recipe | arm | seeds | success, start | end | patched minus plain [95 %] | "
+             "return, end | what shows that it acts, mean | tokens | seconds |",
+             "|---" * 10 + "|"]
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        for arm in ("plain", "patched"):
+            mine = [row for row in rows if row["recipe"] == recipe]
+            start, end, returns, tokens, seconds = (column(mine, arm, name) for name in (
+                "success_start", "success_end", "return_end", "generated_tokens", "seconds"))
+            differences = end - column(mine, "plain", "success_end")
+            low, high = judge.interval(differences)
+            against = f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+            seen = [row["column_mean"] for row in mine if row["arm"] == arm and row["column_mean"]]
+            acts = f"`{mine[0]['column']}` {np.mean([float(x) for x in seen]):.2f}" if seen else ""
+            lines.append("| " + " | ".join([
+                f"`{recipe}`", arm, str(len(end)), f"{start.mean():.3f}",
+                f"{end.mean():.3f} ± {end.std(ddof=1):.3f}", against if arm == "patched" else "",
+                f"{returns.mean():.3f}", acts, f"{tokens.mean():.0f}",
+                f"{seconds.mean():.0f}"]) + " |")
+    return "\n".join(lines)
+
+
 def models_table() -> str:
     """results/models.csv, made by tests/benchmarks/models.py: a row per verdict and layers.
 
@@ -761,6 +785,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/gpu.md", "busy", busy_table())
     replace_block(ROOT / "docs/models.md", "models", models_table())
     replace_block(ROOT / "docs/exercises.md", "exercises", exercises_table())
+    replace_block(ROOT / "docs/recipes.md", "recipes", recipes_table())
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
     replace_block(ROOT / "docs/pretrained.md", "passed", passed_table())
     replace_block(ROOT / "docs/pretrained.md", "speed", chat_speed_table())

@@ -27,6 +27,7 @@ import pytest
 import torch
 import tyro
 
+from benchmarks import recipes as benchmark
 from conftest import ROOT
 from envs.text_env import TextEnv
 from rollouts import collect_groups
@@ -128,6 +129,18 @@ def test_the_page_shows_every_patch_as_it_is_and_readme_names_the_page():
         assert (paper[1] if paper else "truncated IS") in "\n".join(re.findall("^[+].*", text, re.MULTILINE)), "the diff names its paper"
     assert len(re.findall("```diff", page)) == len(PATCHES) >= 12
     assert "(docs/recipes.md)" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", benchmark.RECIPES)
+def test_the_benchmark_patches_one_arm_and_its_flags_are_known(name, recipe, tmp_path):
+    script, flags, _, changes = benchmark.RECIPES[name]
+    arms = benchmark.trees(name, str(tmp_path))
+    texts = {arm: {path.relative_to(tree): path.read_text() for path in tree.rglob("*.py")} for arm, tree in arms.items()}
+    changed = [str(path) for path, text in texts["plain"].items() if texts["patched"][path] != text]
+    assert changed == [f"algos/{script}.py"] == [f"algos/{SCRIPT[name]}.py"]
+    assert texts["plain"][Path(changed[0])] == (ROOT / changed[0]).read_text()
+    assert texts["patched"][Path(changed[0])] == Path(recipe(name).__file__).read_text()
+    tyro.cli(recipe(name).Args, args=shlex.split(f"{flags} {changes}"))
 
 
 # --- a small game ------------------------------------------------------------------------------------

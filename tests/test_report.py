@@ -41,6 +41,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/igpo.md", "gains") == report.gains_table()
     assert block("docs/gpu.md", "busy") == report.busy_table()
     assert block("docs/models.md", "models") == report.models_table()
+    assert block("docs/recipes.md", "recipes") == report.recipes_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
     assert block("docs/seeupo.md", "turns") == report.turns_table()
     assert block("docs/gpu.md", "memory") == report.memory_table()
@@ -269,6 +270,18 @@ def test_the_table_of_starts_by_hand(monkeypatch):
     assert report.starts_table().splitlines() == [
         "| game | legal, 0 steps | legal, 10 steps | success, 0 steps | success, 10 steps |", "|---|---|---|---|---|",
         "| tool desk | 0.25 | 1.00 | 0.00 | 0.38 |", "| snake |  | 0.50 |  | 0.12 |"]
+
+
+def test_the_table_of_recipes_by_hand(monkeypatch):
+    """Differences 0.1, 0.2, 0.3; the seeds are in another order in one arm; the plain script does not have the column."""
+    ends = {"plain": {"1": "0.4", "2": "0.4", "3": "0.4"}, "patched": {"3": "0.7", "1": "0.5", "2": "0.6"}}
+    rows = [{"recipe": "r", "arm": arm, "seed": seed, "success_start": "0.2", "success_end": end, "return_end": f"-{end}", "column": "void",
+             "column_mean": "0.25" if arm == "patched" else "", "generated_tokens": "1000", "seconds": "9.6"}
+            for arm, mine in ends.items() for seed, end in mine.items()]
+    monkeypatch.setattr(report, "read", lambda path: rows)
+    assert report.recipes_table().splitlines()[2:] == [
+        "| `r` | plain | 3 | 0.200 | 0.400 ± 0.000 |  | -0.400 |  | 1000 | 10 |",
+        "| `r` | patched | 3 | 0.200 | 0.600 ± 0.100 | +0.200 [-0.048, +0.448] | -0.600 | `void` 0.25 | 1000 | 10 |"]
 
 
 def test_the_comparison_at_equal_tokens_by_hand(monkeypatch):
