@@ -16,11 +16,9 @@ and from the authors' code, YifeiZhou02/ArCHer at 7c771a7 [code].
     bar  of the target critic, a slow copy; without it: the critic itself    tau  target_rate
 
 What is learned where.
-    Q       from any turn of the past: its reward and the state after it are known, whoever gave
-            the answer.
-    V       is the value of the current policy, about which an old answer says nothing. To a turn
-            just played a~ = a. To an older turn the policy answers again, once per iteration,
-            because it rests while the critic learns.
+    Q       from any turn of the past: its reward and the next state are known, whoever answered.
+    V       is that of the current policy, of which an old answer says nothing. In a turn just
+            played a~ = a; to older states the policy answers again, once per iteration (D7).
     policy  on fresh answers to newly drawn states. The tokens of an answer share its A.
 
 Changed from seeupo.py
@@ -30,14 +28,13 @@ Changed from seeupo.py
 
 Deviations and choices
     D1  Eq. 1 goes on after a time limit, not after a full context (code: --no-bootstrap-truncated).
-    D2  One causal pass over state and answer. V reads the hidden state of the state's last token,
-        Q that and the mean hidden state of the answer (code: two passes).
+    D2  One causal pass: V reads the last hidden state of s, Q that and the mean of a's (code: two).
     D3  The end-of-turn token is trained (code: it is cut away).
     D4  Each network is clipped to its own gradient norm (code: one norm for both).
     D5  The critic starts as a copy of the policy's first two layers (code: a RoBERTa).
     D6  The mean of A over a policy step is subtracted: it is noise of the critic (code: it stays).
-    D7  A critic step draws from the turns just played and fresh_turns of the buffer (code: from
-        the buffer, with as many fresh answers as turns are drawn).
+    D7  A critic step draws from the turns just played and fresh_turns of the buffer. Their fresh
+        answers serve all steps: the policy rests (code: the buffer, an answer for every draw).
     D8  Sizes are smaller, see the flags. The evaluation samples (code: greedy).
 
     python algos/archer.py        about 2 minutes on 2 CPU cores
@@ -63,7 +60,8 @@ from rollouts import Decoder, collect_groups, make_envs, sample_answers
 from run_folder import Run
 from utils import (
     DRAW, RunArgs, all_reduce_sum, collate, gather_list, micro_batches, optimizer_step,
-    over_processes, random_stream, rank, rank_correlation, select_rows, stop, token_logprobs, world_size,
+    over_processes, random_stream, rank, rank_correlation, select_rows, stop, token_logprobs,
+    world_size,
 )
 
 
@@ -76,11 +74,11 @@ class Args(RunArgs):
     max_turns: int = 30  # turns after which an episode is truncated, K
     max_turn_tokens: int = 2  # tokens the policy may sample in one turn
     learning_rate: float = 3e-4  # of AdamW, constant
-    num_iterations: int = 60  # iterations of: collect episodes, update
+    num_iterations: int = 30  # iterations of: collect episodes, update
     tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
-    eval_every: int = 10  # iterations between evaluations on held-out seeds
+    eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
     history_turns: int | None = 0  # earlier turns the policy sees; None: all, as one growing row
@@ -94,12 +92,11 @@ class Args(RunArgs):
     fresh_turns: int = 512  # turns of the buffer that get a fresh answer for the critic, D7
     actor_steps: int = 3  # optimizer steps of the policy per iteration
     actor_batch_turns: int = 256  # turns drawn for a policy step
-    actor_warm_up: int = 10  # iterations of the critic alone
+    actor_warm_up: int = 5  # iterations of the critic alone (code: 10 or 20 of far more)
     replay_turns: int = 100000  # turns in the buffer; the oldest are dropped
     bootstrap_truncated: bool = True  # a time limit does not end the return, D1
     may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"actor_warm_up", "history_turns"}
-    chat_defaults: ClassVar = RunArgs.chat_defaults | {"num_prompts": 64,
-                                                       "critic_learning_rate": 1e-4}
+    chat_defaults: ClassVar = RunArgs.chat_defaults | {"critic_learning_rate": 1e-4}
 
 
 # === 3. Advantages ===============================================================================
@@ -212,8 +209,8 @@ def turn_values(critic: TurnCritic, batch: dict[str, Tensor], args: Args) -> tup
 def transitions(policy: Policy, episode: Episode, args: Args) -> list[dict]:
     """The turns of an episode, as dicts, which a checkpoint can hold.
 
-    state, answer, next_state: tokens, the states whole, with all that the policy saw; reward; done:
-    whether the return ends here; return_to_go: of this and all later rewards; turns_left: after it
+    state, answer, next_state: tokens, of a state all that the policy saw; reward; done: whether the
+    return ends here; return_to_go: discounted, with all later rewards; turn: its number
     """
     row, states = [], []
     for turn in episode.turns:
@@ -227,15 +224,14 @@ def transitions(policy: Policy, episode: Episode, args: Args) -> list[dict]:
         to_go = turn.reward + args.discount * to_go
         found.append({"state": states[k], "answer": turn.token_ids, "next_state": states[k + 1],
                       "reward": turn.reward, "done": ended and not found, "return_to_go": to_go,
-                      "turns_left": len(found)})
+                      "turn": k})
     return found[::-1]
 
 
 def answer_rows(turns: list[Turn], device: torch.device) -> dict[str, Tensor]:
     """A row for every state and the answer to it, if there is one: turn_id is 0 there."""
     batch = collate([Episode(0, "", [turn]) for turn in turns], device)
-    return batch | {"starts": torch.tensor([len(turn.prompt_ids) for turn in turns],
-                                           dtype=torch.long, device=device)}
+    return batch | {"starts": batch["lengths"] - (batch["turn_id"] >= 0).sum(1)}
 
 
 def share(count: int) -> slice:
@@ -271,7 +267,7 @@ def critic_batches(turns: list[dict], answers: list[list[int]],
     column = {name: [turn[name] for turn in turns] for name in turns[0]}
     played = rows(column["state"], column["answer"]) | {
         name: torch.tensor(column[name], device=device)
-        for name in ("reward", "done", "return_to_go", "turns_left")}
+        for name in ("reward", "done", "return_to_go")}
     return {"played": played, "current": rows(column["state"], answers),
             "following": rows(column["next_state"], [[]] * len(turns))}
 
@@ -290,24 +286,18 @@ def same_state_advantages(returns: Tensor, state_id: Tensor) -> Tensor:
 
 
 def critic_quality(critic: TurnCritic, turns: list[dict], args: Args) -> dict[str, float]:
-    """What the critic knows of new episodes: how they end, and which answers did better.
+    """What the critic knows of new episodes: what turns return, and which answers to a state more.
 
-    A return that a time limit has cut is completed with V of the state after it.
+    Of the first half of --max-turns: what later turns return, a time limit soon cuts.
     """
-    batches = critic_batches(turns, [turn["answer"] for turn in turns], critic.device)
-    played = batches["played"]
-    q, v = turn_values(critic, played, args)
-    _, next_v = turn_values(critic, batches["following"], args)
-    after = torch.where(played["done"], 0.0, next_v.amin(1))  # (N,)
-    last = torch.arange(len(turns), device=critic.device) + played["turns_left"]
-    completion = args.discount ** (played["turns_left"] + 1) * after[last]
-    returns = played["return_to_go"] + completion  # (N,)
-    number: dict[tuple, int] = {}
-    state_id = torch.tensor([number.setdefault(tuple(turn["state"]), len(number))
-                             for turn in turns], device=critic.device)
-    better = same_state_advantages(returns, state_id)
+    turns = [turn for turn in turns if 2 * turn["turn"] < args.max_turns]
+    played = critic_batches(turns, [turn["answer"] for turn in turns], critic.device)["played"]
+    q, v = turn_values(critic, played, args)  # (N, J)
+    returns, number = played["return_to_go"], {}
+    state_id = [number.setdefault(tuple(turn["state"]), len(number)) for turn in turns]
+    better = same_state_advantages(returns, torch.tensor(state_id, device=critic.device))
     compared = ~better.isnan()
-    error, goal = ((returns - v.amin(1)).var(), returns.var())
+    error, goal = (x.var(correction=0) for x in (returns - v.amin(1), returns))
     return {"explained_variance": (1 - error / goal).item() if goal > 1e-4 else 0.0,
             "rank_correlation": rank_correlation(answer_advantages(q, v)[compared],
                                                  better[compared])}
@@ -407,8 +397,7 @@ def main(args: Args) -> dict[str, float]:
                 updates.append(update(policy, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            fresh_tokens = sum(len(turn.token_ids) for turn in fresh)
-            fresh_tokens = all_reduce_sum(torch.tensor(fresh_tokens)).item()
+            fresh_tokens = sum(gather_list([len(turn.token_ids) for turn in fresh]))
             run.totals["generated_tokens"] += fresh_tokens  # they cost what those of episodes do
             run.log(iteration, episodes, updates, batch, buffer_turns=len(buffer),
                     fresh_tokens=fresh_tokens, critic_steps=len(critic_updates), **quality,
