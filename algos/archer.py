@@ -78,7 +78,7 @@ class Args(RunArgs):
     tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
     tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
-    eval_every: int = 5  # iterations between evaluations on held-out seeds
+    eval_every: int = 3  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments
     history_turns: int | None = 0  # earlier turns the policy sees; None: all, as one growing row
