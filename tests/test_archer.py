@@ -165,7 +165,7 @@ def test_the_quality_of_the_critic_by_hand(monkeypatch):
     """Two games of at most 4 turns. Their first halves have the turns 0 and 1:
       state          [0]   [0 5 0]   [0]   [0 5 0]
       return to go   -2    -1        -4    -5          mean -3, squares 1 4 1 4
-      V              -3    -1        -3    -4          minus its head 1, which is larger by 9
+      V              -3    -1        -3    -4          of the smaller head
       return - V      1     0        -1    -1          mean -1/4, variance 3/4 - 1/16 = 11/16, of the returns 10/4
       Q              -2    -1        -5    -7
       A               1     0        -2    -3          ranks 4 3 2 1
@@ -174,7 +174,8 @@ def test_the_quality_of_the_critic_by_hand(monkeypatch):
     turns = [{"state": state, "answer": [5], "next_state": [0, 0], "reward": -1.0, "done": False, "return_to_go": to_go, "turn": k}
              for state, to_go, k in (([0], -2.0, 0), ([0, 5, 0], -1.0, 1), ([0], -100.0, 2), ([0], -4.0, 0), ([0, 5, 0], -5.0, 1),
                                      ([0, 5, 0], 100.0, 3))]
-    q, v = (torch.tensor([[x, x + 9] for x in row]) for row in ([-2.0, -1, -5, -7], [-3.0, -1, -3, -4]))
+    q, v = (torch.tensor([[x, x + more] for x, more in zip(row, (9, 1, 5, 3), strict=True)])
+            for row in ([-2.0, -1, -5, -7], [-3.0, -1, -3, -4]))
 
     def values(critic, batch, args):
         assert batch["return_to_go"].tolist() == [-2, -1, -4, -5] and batch["turn_id"].tolist()[1] == [-1, -1, -1, 0]
@@ -499,6 +500,9 @@ def test_an_iteration_by_hand(tmp_path, calls, history_turns):
         first, second = arguments[11][1], arguments[13][1]
         assert first != second and all(len(states) == 8 for states in (first, second))
         assert all(states in [turn["state"] for turn in buffer] for states in first + second)
+        if buffer != new:  # some were just played, some are older
+            assert {turn in new for turn in old} == {True, False}
+            assert {state in [turn["state"] for turn in new] for state in first + second} == {True, False}
         assert row["fresh_tokens"] == sum(len(turn.token_ids) for n in (6, 11, 13) for turn in results[n])
         assert row["critic_steps"] == 3 and row["buffer_turns"] == len(buffer)
         moved += [part[n][3] for n in (6, 11, 13)]
