@@ -244,6 +244,24 @@ def over_processes(sums: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's correlation: that of the ranks; equal numbers share the mean of their ranks.
+
+    x, y (N,) -> -1 to 1; NaN if all of one are the same
+
+    >>> x, y = torch.tensor([1.0, 5.0, 5.0, 9.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
+    >>> round(rank_correlation(x, y), 4)  # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)
+    0.9487
+    """
+    centred = []
+    for values in (x, y):
+        _, place, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]
+        centred.append(ranks - ranks.mean())
+    one, other = centred
+    return ((one * other).sum() / (one.norm() * other.norm())).item()
+
+
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Split the rows, like lengths together, into parts of at most max_tokens padded tokens."""
     part: list[int] = []

@@ -19,7 +19,7 @@ abstract, reviews and summaries. [n] is equation n of the paper, as these quote 
     R  a turn's reward on its last token, else 0     V  value of all tokens before t (B, T)
     V_old  V before the first pass, also in Eq. 8    V_target  A + V_old (returns), A not whitened
 
-Changed from igpo.py (a row is still a whole episode: B = E)
+Changed from igpo.py (a row is a whole episode, B = E; with --history-turns it is a turn)
     - a critic; advantages per token; one ratio per turn; scaled gradients; many passes, old batches
 
 Deviations and choices
@@ -27,7 +27,7 @@ Deviations and choices
         g = grad J + C. Where no token binds, s = 1: nearly always with the default flags.
     D2  Adam and max_grad_norm may undo s. --scale step puts the default's s on the learning rate.
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
-    D4  mean_t, in a minibatch: over the tokens of an episode, then over episodes; Eq. 9: over all.
+    D4  mean_t, in a minibatch: over the tokens of a row, then over rows; in Eq. 9 over all.
 
     python algos/st_ppo.py        about 1.5 minutes on 2 CPU cores
 """
@@ -42,6 +42,7 @@ from typing import ClassVar, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from policies import Policy, load_policy, parse_args, twin
@@ -80,7 +81,8 @@ class Args(RunArgs):
     num_minibatches: int = 2  # optimizer steps per pass
     target_kl: float | None = None  # no further pass if the last minibatch had a larger approx_kl
     staleness: int = 0  # train on the batch of so many iterations ago
-    may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"staleness"}
+    history_turns: int | None = None  # earlier turns the policy sees; None: all, as one growing row
+    may_be_zero: ClassVar[set[str]] = RunArgs.may_be_zero | {"staleness", "history_turns"}
     chat_defaults: ClassVar = RunArgs.chat_defaults | {"num_prompts": 64,
                                                        "critic_learning_rate": 5e-5}
 
@@ -120,6 +122,19 @@ def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: floa
         next_value = torch.where(here, values[:, t], next_value)  # what was not sampled is skipped
         next_advantage = torch.where(here, advantages[:, t], next_advantage)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def join_rows(x: Tensor, episode_id: Tensor) -> Tensor:
+    """The rows of an episode, one after the other, as one row, padded with -1 (for Eq. 8).
+
+    x (B, T), episode_id (B,) -> (E, longest)
+
+    >>> join_rows(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0, 0, 1]))
+    tensor([[ 1,  2,  3,  4],
+            [ 5,  6, -1, -1]])
+    """
+    rows = [x[episode_id == episode].flatten() for episode in episode_id.unique()]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 @torch.no_grad()
@@ -278,7 +293,7 @@ def main(args: Args) -> dict[str, float]:
     if args.staleness and world_size() > 1:
         stop("--staleness needs a single process: a checkpoint holds one queue of batches")
     with Run(args, "st_ppo") as run:
-        envs, policy = make_envs(args), load_policy(args)  # with its history, an episode is one row
+        envs, policy = make_envs(args), load_policy(args, args.history_turns)
         critic, queue = Critic(policy), []  # batches not yet trained on, the oldest first
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
@@ -302,8 +317,12 @@ def main(args: Args) -> dict[str, float]:
 
             # 3. V_old and A (B, T): once per batch, with the critic of now
             batch["old_values"] = batch_values(critic, batch, args)
-            advantages, batch["returns"] = gae_advantages(
-                batch["rewards"], batch["old_values"], mask, args.discount, args.gae_lambda)
+            rewards, values, turn_id = (join_rows(batch[name], batch["episode_id"])
+                                        for name in ("rewards", "old_values", "turn_id"))
+            found = gae_advantages(rewards, values, turn_id >= 0, args.discount, args.gae_lambda)
+            advantages, batch["returns"] = (
+                torch.zeros_like(batch["rewards"]).masked_scatter(mask, x[turn_id >= 0])
+                for x in found)
             batch["advantages"] = whiten(advantages, mask)
 
             # 4. update; in every pass a new permutation deals the episodes out to minibatches

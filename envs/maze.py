@@ -46,7 +46,7 @@ class Maze(TextEnv):
     instructions = RULES
     action_pattern, action_help = "|".join(STEPS), "Say left, right, up or down."
 
-    def __init__(self, layout: str = "double_t", max_turns: int = 50, noise: float = 0.9,
+    def __init__(self, layout: str = "double_t", max_turns: int = 30, noise: float = 0.8,
                  format_penalty: float = 3.0, render_mode: str | None = None):
         super().__init__(render_mode)
         if layout not in LAYOUTS or max_turns < 1 or not 0 <= noise <= 1:

@@ -78,7 +78,7 @@ ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of t
     "seeupo": ("SeeUPO", "2602.06554v1", "one update per turn, the last turn first",
                "episode, times later turns' ratios", "order desk"),
     "archer": ("ArCHer", "2402.19446v1", "a critic of whole turns learns from a replay buffer",
-               "turn, from a critic", "twenty questions")}
+               "turn, from a critic", "maze")}
 CLAIMS = {  # algo: name of the table: claim
     "ms_grpo": {
         "C1": Claim(
@@ -217,14 +217,15 @@ CLAIMS = {  # algo: name of the table: claim
             mechanisms=(weights_outside("question_reverse"),))},
     "archer": {
         "A": Claim(
-            "1280 episodes: other scripts", "objects",
-            ("guess_archer", "guess_ppo", "guess_ms_grpo"), metric="return", at="end", best=-2.8,
-            says="ArCHer returns more than PPO after equally many episodes"),
+            "480 episodes: other scripts", "maze", ("maze_archer", "maze_ppo", "maze_grpo"),
+            metric="return", at="end", best=-6.84,
+            says="ArCHer returns more than PPO after equally many episodes",
+            mechanisms=(("variance of new returns that the critic explains",
+                         of("maze_archer", "explained_variance"), 0.2),)),
         "B": Claim(
-            "1280 episodes: the critic", "objects",
-            ("guess_archer", "guess_small_buffer", "guess_one_critic", "guess_monte_carlo",
-             "guess_uncentred"), metric="return", best=-2.8,
-            says="a large replay buffer helps")},
+            "480 episodes: the critic", "maze",
+            ("maze_archer", "maze_monte_carlo", "maze_one_critic", "maze_small_buffer"),
+            metric="return", at="end", best=-6.84)},
 }
 DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
@@ -235,7 +236,7 @@ DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
     ("st_ppo", "desk_st_ppo", "tool desk (default)"),
     ("seeupo", "desk_reverse", "tool desk (default)"),
-    ("archer", "guess_archer", "twenty questions (default)")]
+    ("archer", "maze_archer", "maze (default)")]
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "bottom80")],
     "turn_budget": [("limit_none", "limit_fixed"), ("think_none", "think_none_drop")],
@@ -247,9 +248,9 @@ DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> result
 CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
     "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search",
     "search": "search", "desk": "tool desk", "guess": "twenty questions"}
-LEVELS = (-11, -10, -9, -8)  # returns that ArCHer's table of episodes asks for
-EPISODES = 64  # in every iteration of these runs
-LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, "guess_ppo_long", *CLAIMS["archer"]["B"].arms[1:]]
+LEVELS = (-20, -16, -12, -9)  # returns that ArCHer's table of episodes asks for
+EPISODES = 16  # in every iteration of these runs
+LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms[1:]]
 LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
     "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
     "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
@@ -301,7 +302,9 @@ EXTRA = {  # algo: column of metrics.csv -> (mean over the run, at its end, or, 
                "clip_fraction": ("mean", "clip fraction"),
                "approx_kl": ("mean", "approx. KL"), "entropy": ("end", "entropy at the end"),
                "groups_without_signal": ("mean", None)},
-    "archer": {"eval_invalid_actions": ("end", "invalid at the end"),
+    "archer": {"explained_variance": ("mean", "explained variance"),
+               "rank_correlation": ("mean", "rank correlation"),
+               "eval_invalid_actions": ("end", None),
                "fresh_tokens": ("mean", "fresh tokens per iteration"),
                "entropy": ("end", "entropy at the end"), "critic_loss": ("end", None),
                "advantage_mean": ("end", None), "advantage_square": ("end", None)},

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from envs.twenty_questions import TwentyQuestions, ideal_return
 from results import credit, judge
 from results.claims import (ALGORITHMS, CLAIMS, CROSS, CURVES, DEFAULT_ARMS, DIAGNOSTICS, EPISODES,
                             EXTRA, IMITATIONS, LADDERS, LEVEL_ARMS, LEVELS, PAIRS)
@@ -288,9 +287,9 @@ def episodes_to(points: list[dict[str, str]], level: float) -> list[float] | Non
 
 def levels_table(algo: str, arms: list[str]) -> str:
     """What every arm needed for every level, and how far it stayed from ideal play."""
-    curves, ideal = read(ROOT / f"results/{algo}_curves.csv"), ideal_return(TwentyQuestions().table)
+    curves, ideal = read(ROOT / f"results/{algo}_curves.csv"), CLAIMS[algo]["A"].best
     lines = ["| arm | " + " | ".join(f"return {level}" for level in LEVELS)
-             + f" | return at the end, below ideal play ({ideal:.1f}) | of the way there |",
+             + f" | return at the end, below ideal play ({ideal:.2f}) | of the way there |",
              "|---" * (len(LEVELS) + 3) + "|"]
     for arm in arms:
         seeds = sorted({row["seed"] for row in curves if row["arm"] == arm}, key=int)

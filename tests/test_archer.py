@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.utils.rnn import pad_sequence
 
 from algos import archer
 from algos.archer import (
-    Args, Trajectory, TurnCritic, actor_objective, answer_advantages, collate_turns, critic_update, draw_turns,
-    fresh_answers, main, q_targets, squared_errors, trajectory, turn_values, update,
+    Args, TurnCritic, actor_objective, answer_advantages, answer_rows, critic_batches, critic_quality, critic_update,
+    fresh_answers, main, q_targets, same_state_advantages, squared_errors, transitions, turn_values, update,
 )
 from conftest import KeepGradient
 from envs.episodes import Episode, Turn
 from envs.twenty_questions import TwentyQuestions
 from policies import Policy, load_policy, make_tiny
 from rollouts import sample_tokens
-from utils import micro_batches
+from utils import micro_batches, rank_correlation
 
 CPU = torch.device("cpu")
 WHOLE = 10**6  # tokens: all rows are one micro-batch
@@ -58,44 +57,38 @@ def test_the_log_probs_of_a_fresh_answer_are_summed_not_averaged(logprobs, turn_
 
 # --- exact games: the real critic update on tables of Q and V -------------------------------------
 class Table(torch.nn.Module):
-    """A critic of games in which an observation and an answer are one token each."""
+    """A critic of games in which an observation (0) and an answer are one token each: a state is a number of turns."""
 
     device = CPU
 
     def __init__(self, states: int, answers: int, heads: int):
         super().__init__()
-        self.q = torch.nn.Parameter(torch.zeros(states, answers, heads))
-        self.v = torch.nn.Parameter(torch.zeros(states, heads))
+        self.q = torch.nn.Parameter(torch.zeros(states + 1, answers, heads))  # a row more for the state after the last turn,
+        self.v = torch.nn.Parameter(torch.zeros(states + 1, heads))  # which counts nothing
 
     def forward(self, batch):
         state = (batch["starts"] - 1) // 2
-        answer = batch["tokens"].gather(1, batch["starts"].clamp(max=batch["tokens"].shape[1] - 1))
+        answer = batch["tokens"].gather(1, batch["starts"].clamp(max=batch["tokens"].shape[1] - 1)[:, None])[:, 0]
         return self.q[state, answer], self.v[state]
 
 
-def game(answers, rewards) -> Trajectory:
-    """One that ended by its own rule."""
-    n = len(answers)
-    return Trajectory(n, [x for a in answers for x in (0, a)], [x for k in range(n) for x in (-1, k)],
-                      [2 * k + 1 for k in range(n)], rewards, [k == n - 1 for k in range(n)])
-
-
-def fresh_tokens(drawn, answers):
-    """Fresh answers of one token to the states of drawn turns."""
-    rows = [torch.tensor([*row.tokens[: row.starts[k]], a]) for (row, k), a in zip(drawn, answers, strict=True)]
-    lengths = torch.tensor([len(row) for row in rows])
-    return {"tokens": pad_sequence(rows, True), "starts": lengths[:, None] - 1, "lengths": lengths}
+def game(answers, rewards) -> list[dict]:
+    """The turns of one that ended by its own rule."""
+    states = [[x for a in answers[:k] for x in (0, a)] + [0] for k in range(len(answers) + 1)]
+    returns = [sum(0.95**n * r for n, r in enumerate(rewards[k:])) for k in range(len(answers))]
+    return [{"state": states[k], "answer": [a], "next_state": states[k + 1], "reward": rewards[k],
+             "done": k == len(answers) - 1, "return_to_go": returns[k], "turn": k} for k, a in enumerate(answers)]
 
 
 def chain(turns: int, rate: float):
     """A chain of turns that cost 1 each; every step sets Q and V to their targets, then the target moves."""
     critic, target = Table(turns, 1, 1), Table(turns, 1, 1)
-    drawn = [(game([0] * turns, [-1.0] * turns), k) for k in range(turns)]
+    drawn = game([0] * turns, [-1.0] * turns)
     args = Args(num_critics=1, critic_batch_turns=turns, target_rate=rate, max_grad_norm=1e9)
     optimizer = torch.optim.SGD(critic.parameters(), turns / 2)  # loss: (q - y)^2 / turns
     while True:
-        critic_update(critic, target, optimizer, fresh_tokens(drawn, [0] * turns), collate_turns(drawn, CPU), args)
-        yield critic.q[:, 0, 0].tolist(), critic.v[:, 0].tolist()
+        critic_update(critic, target, optimizer, critic_batches(drawn, [[0]] * turns, CPU), args)
+        yield critic.q[:turns, 0, 0].tolist(), critic.v[:turns, 0].tolist()
 
 
 def test_both_targets_come_from_the_slow_copy():
@@ -107,10 +100,11 @@ def test_both_targets_come_from_the_slow_copy():
 
 
 @pytest.mark.parametrize("rate,expected", [(1.0, 38), (0.2, 190)])
-def test_the_default_warm_up_is_enough_to_know_the_start_of_20_turns(rate, expected):
+def test_how_many_steps_it_takes_to_know_the_start_of_20_turns(rate, expected):
+    """The page says 1.9 K / tau."""
     true = -sum(0.95**k for k in range(20))
     steps = next(n for n, (_, v) in enumerate(chain(20, rate), 1) if abs(v[0] - true) < 0.05 * abs(true))
-    assert steps == expected <= 2 * 20 / rate
+    assert steps == expected == pytest.approx(1.9 * 20 / rate)
 
 
 @pytest.mark.parametrize("asked", [1, 5])
@@ -118,25 +112,81 @@ def test_v_is_that_of_the_current_policy_whoever_played(asked):
     """A hidden bit: ask (0) or guess it (1, 2). Every turn but the right guess costs 1; two turns, and after the
     first the bit is known (1 is right). The buffer asks first as often as told, the policy is uniform."""
     second = [[0, -1.0], [1, 0.0], [2, -1.0]]
-    rows = [game([0, a], [-1.0, r]) for a, r in second] * asked
+    games = [game([0, a], [-1.0, r]) for a, r in second] * asked
     for guess in (1, 2):  # right or wrong equally often
-        rows += [game([guess], [0.0])] * 3 + [game([guess, a], [-1.0, r]) for a, r in second]
-    drawn = [(row, k) for row in rows for k in range(row.num_turns) for _ in range(3)]
-    answers = fresh_tokens(drawn, [0, 1, 2] * (len(drawn) // 3))  # each state three times: the exact expectation
+        games += [game([guess], [0.0])] * 3 + [game([guess, a], [-1.0, r]) for a, r in second]
+    drawn = [turn for turns in games for turn in turns for _ in range(3)]
+    answers = [[0], [1], [2]] * (len(drawn) // 3)  # each state three times: the exact expectation
     critic, target = Table(2, 3, 2), Table(2, 3, 2)
     torch.nn.init.normal_(critic.q, generator=torch.Generator().manual_seed(0))
     args = Args(critic_batch_turns=len(drawn), target_rate=0.5, max_grad_norm=1e9)
     optimizer = torch.optim.SGD(critic.parameters(), 0.8)
     for _ in range(70):
-        critic_update(critic, target, optimizer, answers, collate_turns(drawn, CPU), args)
+        critic_update(critic, target, optimizer, critic_batches(drawn, answers, CPU), args)
     for head in range(2):
-        assert critic.v[:, head].tolist() == pytest.approx([-1.0888889, -0.6666667], abs=1e-4)
+        assert critic.v[:2, head].tolist() == pytest.approx([-1.0888889, -0.6666667], abs=1e-4)
         assert critic.q[0, :, head].tolist() == pytest.approx([-1.6333333, -0.8166667, -0.8166667], abs=1e-4)
-    advantages = answer_advantages(critic.q.reshape(6, 2), critic.v.repeat_interleave(3, 0))
+    advantages = answer_advantages(critic.q[:2].reshape(6, 2), critic.v[:2].repeat_interleave(3, 0))
     assert advantages.tolist() == pytest.approx([-0.5444444, 0.2722222, 0.2722222, -1 / 3, 2 / 3, -1 / 3], abs=1e-4)
     logits = torch.zeros(1, 3, requires_grad=True)
     actor_objective(logits.log_softmax(1).T, advantages[:3], torch.zeros(3, 1).long(), 3).backward()
     assert logits.grad[0].tolist() == pytest.approx([-0.1814815, 0.0907407, 0.0907407], abs=1e-4)
+
+
+# --- what the critic knows of new episodes ---------------------------------------------------------
+def test_returns_are_compared_with_those_of_the_same_state_by_hand():
+    """State 0: -3, -5 and -10, mean -6. State 1 was seen once. State 2: -2 twice."""
+    returns, state_id = double([-3, -1, -5, -2, -10, -2]), torch.tensor([0, 1, 0, 2, 0, 2])
+    better = same_state_advantages(returns, state_id)
+    assert better.isnan().tolist() == [False, True] + [False] * 4
+    assert better[~better.isnan()].tolist() == pytest.approx([3, 1, 0, -4, 0])
+
+
+@pytest.mark.parametrize("x,y,expected", [
+    ([1, 2, 3, 4], [-8, -4, 0, 100], 1.0), ([1, 2, 3, 4], [9, 3, 2, 1], -1.0),  # only the order counts
+    ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # without ties: 1 - 6 sum d^2 / (n (n^2 - 1)) = 1 - 24 / 120
+    ([0, 0, 1, 1], [1, 2, 3, 4], 4 / math.sqrt(4 * 5)),  # ranks 1.5, 1.5, 3.5, 3.5 and 1, 2, 3, 4
+    ([7, 7, 7], [1, 2, 3], math.nan), ([], [], math.nan)])
+def test_the_rank_correlation_by_hand(x, y, expected):
+    assert rank_correlation(double(x), double(y)) == pytest.approx(expected, nan_ok=True)
+    assert rank_correlation(double(y), double(x)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_rank_correlation_against_counting():
+    """A rank is how many numbers are smaller, and half of the equal ones."""
+    stream = rng(0)
+    for _ in range(20):
+        pair = stream.integers(6, size=(2, 15)).astype(float)  # many ties
+        ranks = [[sum(b < a for b in row) + sum(b == a for b in row) / 2 for a in row] for row in pair]
+        assert rank_correlation(*map(double, pair)) == pytest.approx(np.corrcoef(ranks)[0, 1])
+
+
+def test_the_quality_of_the_critic_by_hand(monkeypatch):
+    """Two games of at most 4 turns. Their first halves have the turns 0 and 1:
+      state          [0]   [0 5 0]   [0]   [0 5 0]
+      return to go   -2    -1        -4    -5          mean -3, squares 1 4 1 4
+      V              -3    -1        -3    -4          of the smaller head
+      return - V      1     0        -1    -1          mean -1/4, variance 3/4 - 1/16 = 11/16, of the returns 10/4
+      Q              -2    -1        -5    -7
+      A               1     0        -2    -3          ranks 4 3 2 1
+      return - state  1     2        -1    -2          ranks 3 4 2 1: 1 - 6 (1 + 1) / (4 * 15) = 0.8
+    """
+    turns = [{"state": state, "answer": [5], "next_state": [0, 0], "reward": -1.0, "done": False, "return_to_go": to_go, "turn": k}
+             for state, to_go, k in (([0], -2.0, 0), ([0, 5, 0], -1.0, 1), ([0], -100.0, 2), ([0], -4.0, 0), ([0, 5, 0], -5.0, 1),
+                                     ([0, 5, 0], 100.0, 3))]
+    q, v = (torch.tensor([[x, x + more] for x, more in zip(row, (9, 1, 5, 3), strict=True)])
+            for row in ([-2.0, -1, -5, -7], [-3.0, -1, -3, -4]))
+
+    def values(critic, batch, args):
+        assert batch["return_to_go"].tolist() == [-2, -1, -4, -5] and batch["turn_id"].tolist()[1] == [-1, -1, -1, 0]
+        return q, v.flip(1)  # of V the other head is smaller
+
+    monkeypatch.setattr(archer, "turn_values", values)
+    quality = critic_quality(Table(1, 1, 1), turns, Args(max_turns=4))
+    assert quality == {"explained_variance": pytest.approx(1 - 11 / 40), "rank_correlation": pytest.approx(0.8)}
+    monkeypatch.setattr(archer, "turn_values", lambda *_: (q[:1], v[:1]))
+    quality = critic_quality(Table(1, 1, 1), turns[:1], Args(max_turns=4))  # nothing to explain or to compare
+    assert quality == {"explained_variance": 0.0, "rank_correlation": pytest.approx(math.nan, nan_ok=True)}
 
 
 # --- the buffer of turns -------------------------------------------------------------------------
@@ -164,56 +214,58 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def rows(policy) -> list[Trajectory]:
-    dog, ring, pen = (trajectory(policy, episode, Args()) for episode in played(policy))
-    return [dog, pen, ring]
+def turns(policy) -> list[dict]:
+    """dog 0, dog 1, ring 0, pen 0, pen 1, pen 2"""
+    return [turn for episode in played(policy) for turn in transitions(policy, episode, Args())]
 
 
-@pytest.fixture
-def drawn(rows) -> list[tuple[Trajectory, int]]:
-    return [(rows[0], 1), (rows[1], 2), (rows[2], 0)]
+FIRST, YES, NO, WHAT = (f"<|user|>{x}<|assistant|>" for x in ("Questions:", "Yes.", "No.", "Invalid question."))
+SOFT, DOG, BIG, END = "Is the object soft?<|end|>", "Is the object a dog?<|end|>", "Is the object big?<|end|>", "<|end|>"
 
 
-def test_a_trajectory_alternates_states_and_answers(policy, rows):
-    first, yes, no, what = (f"<|user|>{x}<|assistant|>" for x in ("Questions:", "Yes.", "No.", "Invalid question."))
-    dog, end = "Is the object a dog?<|end|>", "<|end|>"
-    expected = [[first, f"Is the object soft?{end}", yes, dog],
-                [first, f"Is the object big?{end}", no, dog, no, f"What?{end}", what],  # after a cut: no answer
-                [first, "Is the object a", f"{end}{what}"]]
-    for row, parts in zip(rows, expected, strict=True):
-        ids = [policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
-        assert row.tokens == sum(ids, [])
-        assert row.turn_id == [n // 2 if n % 2 else -1 for n, part in enumerate(ids) for _ in part]
-        assert row.starts == [sum(map(len, ids[: n + 1])) for n in range(0, len(ids), 2)]
-    assert [row.rewards for row in rows] == [[-1, 0], [-1, -1, -1, 0], [-1, 0]]
-    assert [row.num_turns for row in rows] == [2, 3, 1]
-    assert [row.done for row in rows] == [[False, True], [False] * 4, [False] * 2]
+def test_a_turn_holds_all_that_the_policy_saw_before_and_after_it(policy, turns):
+    """With the whole history, in which an answer that the cap has cut is closed."""
+    expected = [(FIRST, SOFT, YES), (FIRST + SOFT + YES, DOG, ""), (FIRST, "Is the object a", END + WHAT),
+                (FIRST, BIG, NO), (FIRST + BIG + NO, DOG, NO), (FIRST + BIG + NO + DOG + NO, f"What?{END}", WHAT)]
+    for turn, (state, answer, reply) in zip(turns, expected, strict=True):
+        ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (state, answer, state + answer + reply)]
+        assert [turn["state"], turn["answer"], turn["next_state"]] == ids
+    assert [turn["reward"] for turn in turns] == [-1, 0, -1, -1, -1, -1]
+    assert [turn["turn"] for turn in turns] == [0, 1, 0, 0, 1, 2]
+    assert [turn["done"] for turn in turns] == [False, True] + [False] * 4, "the dog is found, the others were cut"
+    assert [turn["return_to_go"] for turn in turns] == pytest.approx([-1, 0, -1, -2.8525, -1.95, -1])
 
 
 @pytest.mark.parametrize("bootstrap,overflowed", [(False, False), (True, True)])
 def test_a_time_limit_ends_the_return_if_told_and_a_full_context_does(policy, bootstrap, overflowed):
     episode = played(policy)[2]
     episode.overflowed = overflowed
-    row = trajectory(policy, episode, Args(bootstrap_truncated=bootstrap))
-    assert row.done == [False, False, True] and len(row.starts) == 3 and len(row.tokens) == len(episode.row())
+    turns = transitions(policy, episode, Args(bootstrap_truncated=bootstrap))
+    assert [turn["done"] for turn in turns] == [False, False, True]
+    assert turns[2]["next_state"] == episode.row() and turns[1]["next_state"] == turns[2]["state"]
 
 
-def test_a_batch_of_drawn_turns_by_hand(drawn):
-    batch = collate_turns(drawn, CPU)
-    assert batch["played"].tolist() == [[True, True, False, False], [True] * 3 + [False], [True] + [False] * 3]
-    assert batch["done"].tolist() == [[False, True, False, False], [False] * 4, [False] * 4]
-    assert batch["drawn"].tolist() == [[False, True, False, False], [False, False, True, False], [True] + [False] * 3]
-    assert batch["rewards"].tolist() == [[-1, 0, 0, 0], [-1, -1, -1, 0], [-1, 0, 0, 0]]
-    for i, (row, _) in enumerate(drawn):
-        length = batch["lengths"][i].item()
-        assert batch["tokens"][i, :length].tolist() == row.tokens
-        assert batch["turn_id"][i].tolist() == row.turn_id + [-1] * (batch["turn_id"].shape[1] - length)
-        assert batch["starts"][i, : len(row.starts)].tolist() == row.starts
+def test_without_a_history_a_state_is_the_last_observation(policy, monkeypatch):
+    monkeypatch.setattr(policy, "history_turns", 0)
+    turns = transitions(policy, played(policy)[2], Args())
+    states = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (FIRST, NO, NO, WHAT)]
+    assert [turn["state"] for turn in turns] == states[:3] and [turn["next_state"] for turn in turns] == states[1:]
 
 
-def test_turns_are_drawn_evenly_with_replacement():
-    counts = np.bincount(draw_turns(list(range(5)), 50000, rng(0)))
-    assert len(counts) == 5 and abs(counts / 50000 - 0.2).max() < 0.01
+def test_the_batches_of_the_critic_by_hand():
+    turns = [*game([5, 6], [-1.0, 2.0]), {**game([7], [-3.0])[0], "answer": [7, 8]}]
+    batches = critic_batches(turns, [[9], [4, 4], []], CPU)
+    tokens = {"played": [[0, 5, 0, 0], [0, 5, 0, 6], [0, 7, 8, 0]], "current": [[0, 9, 0, 0, 0], [0, 5, 0, 4, 4], [0, 0, 0, 0, 0]],
+              "following": [[0, 5, 0, 0, 0], [0, 5, 0, 6, 0], [0, 7, 0, 0, 0]]}
+    turn_id = {"played": [[-1, 0, -1, -1], [-1, -1, -1, 0], [-1, 0, 0, -1]], "following": [[-1] * 5] * 3,
+               "current": [[-1, 0, -1, -1, -1], [-1, -1, -1, 0, 0], [-1] * 5]}
+    starts = {"played": [1, 3, 1], "current": [1, 3, 1], "following": [3, 5, 3]}
+    lengths = {"played": [2, 4, 3], "current": [2, 5, 1], "following": [3, 5, 3]}
+    for name, batch in batches.items():
+        for column, expected in (("tokens", tokens), ("turn_id", turn_id), ("starts", starts), ("lengths", lengths)):
+            assert batch[column].tolist() == expected[name], (name, column)
+    assert batches["played"]["reward"].tolist() == [-1, 2, -3] and batches["played"]["done"].tolist() == [False, True, True]
+    assert batches["played"]["return_to_go"].tolist() == pytest.approx([0.9, 2, -3])
 
 
 # --- the critic ----------------------------------------------------------------------------------
@@ -223,44 +275,41 @@ def critic(policy) -> TurnCritic:
     return TurnCritic(policy, num_critics=2)
 
 
-def test_v_reads_the_end_of_a_state_and_q_also_the_mean_of_the_answer(drawn, critic):
-    q, v = critic(collate_turns(drawn, CPU))
-    for i, (row, _) in enumerate(drawn):
-        for k in range(len(row.starts)):
-            end = row.starts[k] + row.turn_id.count(k)
-            tokens, start = torch.tensor([row.tokens[:end]]), row.starts[k]  # nothing of what follows
-            hidden = critic.trunk(tokens, use_cache=False).last_hidden_state[0]
-            for j in range(2):
-                assert torch.allclose(v[i, k, j], critic.v_heads[j](hidden[start - 1]), atol=1e-5)
-                if k < row.num_turns:
-                    both = torch.cat([hidden[start - 1], sum(hidden[start:]) / (end - start)])
-                    assert torch.allclose(q[i, k, j], critic.q_heads[j](both), atol=1e-5)
-    assert v[0].std(0).min() > 1e-3 and (v[:, :1, 0] - v[:, :1, 1]).abs().min() > 1e-4, "states and heads differ"
+def rows_of(turns: list[dict]) -> dict[str, torch.Tensor]:
+    return critic_batches(turns, [turn["answer"] for turn in turns], CPU)["played"]
 
 
-def test_v_is_blind_to_the_answer_and_q_is_not(drawn, critic):
-    batch = collate_turns(drawn[1:2], CPU)
-    (q, v), changed = critic(batch), batch | {"tokens": batch["tokens"].clone()}
-    changed["tokens"][0, batch["starts"][0, 1]] += 1  # the first token of answer 1
-    other_q, other_v = critic(changed)
-    assert torch.equal(other_v[0, :2], v[0, :2]) and torch.equal(other_q[0, 0], q[0, 0])
-    assert not torch.allclose(other_q[0, 1], q[0, 1], atol=1e-4), "its own value"
-    assert not torch.allclose(other_v[0, 2], v[0, 2], atol=1e-4), "later states contain it"
+def test_v_reads_the_end_of_a_state_and_q_also_the_mean_of_the_answer(turns, critic):
+    q, v = critic(rows_of(turns))
+    for i, turn in enumerate(turns):
+        start, end = len(turn["state"]), len(turn["state"] + turn["answer"])
+        hidden = critic.trunk(torch.tensor([turn["state"] + turn["answer"]]), use_cache=False).last_hidden_state[0]
+        both = torch.cat([hidden[start - 1], sum(hidden[start:]) / (end - start)])
+        for j in range(2):
+            assert torch.allclose(v[i, j], critic.v_heads[j](hidden[start - 1]), atol=1e-5)
+            assert torch.allclose(q[i, j], critic.q_heads[j](both), atol=1e-5)
+    assert v.std(0).min() > 1e-3 and (v[:, 0] - v[:, 1]).abs().min() > 1e-4, "states and heads differ"
+
+
+def test_v_is_blind_to_the_answer_and_q_is_not(turns, critic):
+    changed = [{**turn, "answer": [turn["answer"][0] + 1, *turn["answer"][1:]]} for turn in turns]
+    (q, v), (other_q, other_v) = critic(rows_of(turns)), critic(rows_of(changed))
+    assert torch.allclose(other_v, v, atol=1e-6) and (other_q - q).abs().min() > 1e-4
 
 
 @pytest.mark.parametrize("tokens", [1, 60])
-def test_the_critic_does_not_see_padding_or_other_rows(rows, critic, tokens):
-    """Short rows have fewer token columns than the batch has turns."""
-    long, short = game(list(range(5, 15)), [0.0] * 10), game([8], [-1.0])
-    batch = collate_turns([(row, 0) for row in (*rows, long, short)], CPU)
-    for a, b in zip(turn_values(critic, batch, Args(micro_batch_tokens=tokens)), critic(batch), strict=True):
-        assert torch.allclose(a[batch["played"]], b[batch["played"]], atol=1e-5)
+def test_the_critic_does_not_see_padding_or_other_rows(turns, critic, tokens):
+    """A state without an answer is a row, too."""
+    batch = critic_batches(turns, [turn["answer"] for turn in turns[:4]] + [[]] * 2, CPU)["current"]
+    values = turn_values(critic, batch, Args(micro_batch_tokens=tokens))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(values, critic(batch), strict=True))
+    assert values[0].shape == (6, 2) and values[0].std(0).min() > 1e-3
 
 
-def test_the_critic_has_its_own_parameters_and_trains_them_all(policy, critic, drawn):
+def test_the_critic_has_its_own_parameters_and_trains_them_all(policy, critic, turns):
     assert not {p.data_ptr() for p in critic.parameters()} & {p.data_ptr() for p in policy.model.parameters()}
     assert len(critic.trunk.layers) == 2 and len(policy.model.model.layers) == 4
-    q, v = critic(collate_turns(drawn, CPU))
+    q, v = critic(rows_of(turns))
     (q.sum() + v.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in critic.parameters())
     assert all(p.grad is None for p in policy.model.parameters())
@@ -268,73 +317,71 @@ def test_the_critic_has_its_own_parameters_and_trains_them_all(policy, critic, d
 
 # --- fresh answers -------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [WHOLE, 30])
-def test_fresh_answers_are_sampled_token_by_token_from_the_state(policy, rows, tokens, monkeypatch):
+def test_fresh_answers_are_sampled_token_by_token_from_the_state(policy, turns, tokens, monkeypatch):
     """Against a full pass per token; some answers end, others are cut by the cap. The buffer stays as it was."""
-    before, ended = copy.deepcopy(rows), set()
-    turns = [(rows[1], 2), (rows[0], 0), (rows[1], 1), (rows[2], 0), (rows[1], 2)]
+    before, ended = copy.deepcopy(turns), set()
+    states = [turns[i]["state"] for i in (5, 0, 4, 2, 5)]
     args = Args(max_turn_tokens=9, micro_batch_tokens=tokens, temperature=0.8)
-    third = fresh_answers(policy, turns, rng(0), args)["tokens"][1, rows[0].starts[0] + 2]
-    monkeypatch.setattr(policy, "end_ids", {third.item()})  # an answer of three tokens
-    batch = fresh_answers(policy, turns, rng(0), args)
+    third = fresh_answers(policy, states, rng(0), args)[1].token_ids[2]
+    monkeypatch.setattr(policy, "end_ids", {third})  # an answer of three tokens
+    answers = fresh_answers(policy, states, rng(0), args)
     uniforms = torch.tensor(rng(0).random((5, 9)))
-    for i, (row, k) in enumerate(turns):
-        state, answer = row.tokens[: row.starts[k]], []
-        for u in uniforms[i]:
+    for state, turn, row in zip(states, answers, uniforms, strict=True):
+        answer = []
+        for u in row:
             logits = policy.forward(torch.tensor([state + answer]))[0, -1:]
             answer.append(sample_tokens(logits, 0.8, u[None])[0].item())
             if answer[-1] in policy.end_ids:
                 break
         ended.add(answer[-1] in policy.end_ids)
-        length = len(state + answer)
-        assert batch["lengths"][i] == length and batch["tokens"][i, :length].tolist() == state + answer
-        assert batch["starts"][i].tolist() == [len(state)]
-        assert (batch["turn_id"][i] == 0).nonzero()[:, 0].tolist() == list(range(len(state), length))
-    assert ended == {True, False} and rows == before
+        assert turn.prompt_ids == state and turn.token_ids == answer
+    assert ended == {True, False} and turns == before
 
 
-def test_two_processes_draw_and_answer_what_one_would(policy, rows, monkeypatch):
-    turns = [(row, k) for row in rows for k in range(row.num_turns)]
-
+@pytest.mark.parametrize("count", [6, 5, 1])
+def test_two_processes_answer_what_one_would(policy, turns, count, monkeypatch):
+    """Each a part of the states; one after the other they are all, in the same order."""
     def answers():
-        stream = rng(0)
-        batch = fresh_answers(policy, draw_turns(turns, 6, stream), stream, Args(max_turn_tokens=5))
-        return [tokens[:n].tolist() for tokens, n in zip(batch["tokens"], batch["lengths"], strict=True)]
+        states = [turn["state"] for turn in turns[:count]]
+        return [turn.prompt_ids + turn.token_ids for turn in fresh_answers(policy, states, rng(0), Args(max_turn_tokens=5))]
 
-    alone = answers()
+    alone, parts = answers(), []
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        assert answers() == alone[rank::2]
+        parts.append(answers())
+    assert parts[0] + parts[1] == alone and len(alone) == count and len(parts[0]) == count // 2
 
 
 # --- updates -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [WHOLE, 60, 30])
 @pytest.mark.parametrize("value_target", ["fresh", "monte_carlo"])
-def test_the_critic_step_against_loops_over_turns(policy, drawn, critic, value_target, tokens):
-    """Targets of the slow copy; V at the drawn turn if its answer is fresh, else at all turns as Q is."""
-    args = Args(critic_batch_turns=3, target_rate=0.1, value_target=value_target, micro_batch_tokens=tokens)
-    target, batch = TurnCritic(policy, 2), collate_turns(drawn, CPU)
-    answers = fresh_answers(policy, drawn, rng(1), args)
+def test_the_critic_step_against_loops_over_turns(policy, turns, critic, value_target, tokens):
+    """Q and V learn at every turn, from targets of the slow copy: V from an answer of the current policy."""
+    args = Args(critic_batch_turns=6, target_rate=0.1, value_target=value_target, micro_batch_tokens=tokens)
+    target = TurnCritic(policy, 2)
+    answers = [turn.token_ids for turn in fresh_answers(policy, [turn["state"] for turn in turns], rng(1), args)]
+    answers[0] = turns[0]["answer"]  # as of a turn that was just played
     before, slow = copy.deepcopy(critic), copy.deepcopy(target)
-    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1),
-                            answers if value_target == "fresh" else None, batch, args)
-    q, v = before(collate_turns(drawn, CPU))
-    with torch.no_grad():
-        slow_v, fresh_q = slow(collate_turns(drawn, CPU))[1], slow(answers)[0][:, 0]
+    metrics = critic_update(critic, target, torch.optim.SGD(critic.parameters(), 0.1), critic_batches(turns, answers, CPU), args)
+
+    def values(network, state, answer):
+        [q], [v] = network(answer_rows([Turn("", "", state, True, answer, [0.0] * len(answer))], CPU))
+        return q, v
+
     loss, mean_q, mean_v = torch.zeros(()), 0.0, 0.0
-    for i, (row, chosen) in enumerate(drawn):
-        for k in range(row.num_turns):
-            share = 1 / row.num_turns / 3
-            returned = sum(0.95**n * r for n, r in enumerate(row.rewards[k : row.num_turns]))
-            ends = i == 0 and k == 1  # the dog is found; the other two were cut and go on
-            expected = row.rewards[k] + (0 if ends else 0.95 * slow_v[i, k + 1])
-            y = expected if value_target == "fresh" else returned
-            loss = loss + share * ((q[i, k] - y) ** 2).sum()
-            if value_target == "monte_carlo":
-                loss = loss + share * ((v[i, k] - returned) ** 2).sum()
-            elif k == chosen:
-                loss = loss + ((v[i, k] - fresh_q[i]) ** 2).sum() / 3
-            mean_q, mean_v = mean_q + share * q[i, k].mean().item(), mean_v + share * v[i, k].mean().item()
+    ends, later = [1, 2, 5], [2, 1, 1, 3, 2, 1]  # the last turns; how many rewards a return has
+    for i, (turn, fresh) in enumerate(zip(turns, answers, strict=True)):
+        q, v = values(before, turn["state"], turn["answer"])
+        with torch.no_grad():
+            if value_target == "fresh":
+                y = turn["reward"] + (0 if i == 1 else 0.95 * values(slow, turn["next_state"], [])[1])
+                u = values(slow, turn["state"], fresh)[0]
+            else:
+                y = u = sum(0.95**n * turns[i + n]["reward"] for n in range(later[i]))
+        assert turn["done"] == (i == 1) and (later[i] == 1) == (i in ends)
+        loss = loss + ((q - y) ** 2).sum() / 6 + ((v - u) ** 2).sum() / 6
+        mean_q, mean_v = mean_q + q.mean().item() / 6, mean_v + v.mean().item() / 6
     gradient = torch.autograd.grad(loss, list(before.parameters()))
     norm = torch.stack([g.norm() for g in gradient]).norm().item()
     assert metrics == {"critic_loss": pytest.approx(loss.item(), rel=1e-4), "q": pytest.approx(mean_q, rel=1e-4),
@@ -345,21 +392,19 @@ def test_the_critic_step_against_loops_over_turns(policy, drawn, critic, value_t
         assert torch.allclose(now, 0.9 * was + 0.1 * new, atol=1e-6)
 
 
-@pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("tokens,parts", [(WHOLE, 1), (100, 2), (40, 4)])
-def test_the_policy_step_against_a_pass_per_answer(policy, rows, centre, tokens, parts):
-    """The mean over answers of advantage times summed log-probs, at the sampling temperature; and what is logged."""
-    args = Args(actor_batch_turns=6, micro_batch_tokens=tokens, max_grad_norm=1e9, centre_advantages=centre,
-                temperature=0.7, max_turn_tokens=9)
-    batch = fresh_answers(policy, [(row, k) for row in rows for k in range(row.num_turns)], rng(1), args)
+def test_the_policy_step_against_a_pass_per_answer(policy, turns, tokens, parts):
+    """The mean over answers of centred advantage times summed log-probs, at the sampling temperature; and what is logged."""
+    args = Args(actor_batch_turns=6, micro_batch_tokens=tokens, max_grad_norm=1e9, temperature=0.7, max_turn_tokens=9)
+    batch = answer_rows(fresh_answers(policy, [turn["state"] for turn in turns], rng(1), args), CPU)
     assert len(list(micro_batches(batch, tokens))) == parts
     batch["advantages"] = torch.tensor([0.5, -1.0, 0.2, 0.0, -0.3, 1.0])
-    credit = batch["advantages"] - (0.4 / 6 if centre else 0.0)
+    credit = batch["advantages"] - 0.4 / 6
     keep = KeepGradient(policy)
     metrics = update(policy, keep, dict(batch), args)
     total, entropies = torch.zeros(()), []
     for i in range(6):
-        start, end = int(batch["starts"][i, 0]), int(batch["lengths"][i])
+        start, end = int(batch["starts"][i]), int(batch["lengths"][i])
         row = batch["tokens"][i, :end]
         logprobs = (policy.forward(row[None])[0] / 0.7).log_softmax(1)
         total = total - credit[i] / 6 * sum(logprobs[t - 1, row[t]] for t in range(start, end))
@@ -374,8 +419,9 @@ def test_the_policy_step_against_a_pass_per_answer(policy, rows, centre, tokens,
 # --- whole runs ----------------------------------------------------------------------------------
 def short(tmp_path, **flags) -> Args:
     flags = {"num_prompts": 4, "num_iterations": 2, "warm_start_steps": 5, "eval_episodes": 8, "eval_every": 2,
-             "critic_steps": 3, "critic_batch_turns": 8, "actor_steps": 2, "actor_batch_turns": 8, "max_turns": 5,
-             "print_samples": 0, "env_id": "words:tests/Words-v0", "actor_warm_up": 0, "max_turn_tokens": 4} | flags
+             "critic_steps": 3, "critic_batch_turns": 8, "fresh_turns": 6, "actor_steps": 2, "actor_batch_turns": 8,
+             "max_turns": 5, "print_samples": 0, "env_id": "words:tests/Words-v0", "actor_warm_up": 0, "max_turn_tokens": 4,
+             "history_turns": None} | flags
     return Args(run_dir=str(tmp_path), **flags)
 
 
@@ -389,10 +435,9 @@ def finished(args: Args):
 
 
 @pytest.mark.parametrize("flags,steps", [
-    ({"actor_warm_up": 2}, [0, 0]), ({"actor_warm_up": 1, "value_target": "monte_carlo"}, [0, 2]),
-    ({"actor_warm_up": None, "num_iterations": 3, "max_turns": 3, "target_rate": 0.9, "critic_steps": 4}, [0, 0, 2])])
+    ({"actor_warm_up": 2}, [0, 0]), ({"actor_warm_up": 1, "value_target": "monte_carlo"}, [0, 2])])
 def test_the_policy_rests_until_the_warm_up_is_over(tmp_path, flags, steps):
-    """By default 2 K / (tau critic steps) iterations, here 1.67. Returns as targets need no fresh answers."""
+    """Returns as targets need no fresh answers."""
     args = short(tmp_path, **flags)
     start = {name: x.clone() for name, x in load_policy(args).model.state_dict().items()}
     rows, weights, _ = finished(args)
@@ -406,45 +451,80 @@ def test_the_target_of_a_run_is_a_network_of_its_own(tmp_path):
     assert not any(torch.equal(x, state["target"][name]) for name, x in state["critic"].items())
 
 
-def test_fresh_answers_are_made_again_for_every_step_and_counted(tmp_path, monkeypatch):
-    """By the policy as it is then, to other states; their tokens are logged, and the mean of the critic's metrics."""
-    seen, states, tokens, parts = [], [], [], []
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """What the functions of a run are given and give back: (name, arguments, result), and the policy's weights then."""
+    made = []
 
-    def watched(policy, drawn, stream, args):
-        seen.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]).sum().item())
-        states.append([row.tokens[: row.starts[k]] for row, k in drawn])
-        batch = fresh_answers(policy, drawn, stream, args)
-        tokens.append((batch["lengths"] - batch["starts"][:, 0]).sum().item())
-        return batch
+    def watch(name):
+        function = getattr(archer, name)
 
-    monkeypatch.setattr(archer, "fresh_answers", watched)
-    monkeypatch.setattr(archer, "critic_update", lambda *x: parts.append(critic_update(*x)) or parts[-1])
-    [_, row], _, _ = finished(short(tmp_path, actor_steps=3, num_iterations=1, eval_every=1, learning_rate=1e-2))
-    assert len(seen) == 3 + 3 and len(set(seen[:4])) == 1 and len(set(seen[3:])) == 3
-    assert all(a != b for a, b in itertools.combinations(states, 2))
-    played_tokens = row["train_tokens_per_turn"] * row["environment_steps"]
-    assert row["fresh_tokens"] == sum(tokens) and row["generated_tokens"] == pytest.approx(sum(tokens) + played_tokens)
-    assert all(row[name] == pytest.approx(np.mean([part[name] for part in parts])) for name in parts[0])
-    assert row["critic_steps"] == 3
+        def watched(*arguments):
+            weight = sum(p.detach().double().sum().item() for p in arguments[0].model.parameters()) if name == "fresh_answers" else None
+            result = function(*arguments)
+            made.append((name, arguments, copy.deepcopy(result), weight))
+            return result
+        monkeypatch.setattr(archer, name, watched)
+
+    for name in ("transitions", "critic_quality", "fresh_answers", "critic_batches", "critic_update", "update"):
+        watch(name)
+    return made
+
+
+@pytest.mark.parametrize("history_turns", [None, 0])
+def test_an_iteration_by_hand(tmp_path, calls, history_turns):
+    """The critic's turns are those just played, whose answers are the policy's own, and some of the buffer, whose states
+    the policy answers again: once, before it moves. Then it answers other states before each of its steps."""
+    rows, _, state = finished(short(tmp_path, learning_rate=1e-2, eval_every=1, history_turns=history_turns))
+    order = [*["transitions"] * 4, "critic_batches", "critic_quality", "fresh_answers", "critic_batches", *["critic_update"] * 3,
+             *["fresh_answers", "update"] * 2]
+    assert [name for name, *_ in calls] == order * 2, "the quality (with batches of its own) before the critic learns"
+    buffer, moved = [], []
+    for row, part in zip(rows[1:], (calls[:15], calls[15:]), strict=True):
+        arguments, results = ([call[n] for call in part] for n in (1, 2))
+        new = sum(results[:4], [])
+        buffer += new
+        assert arguments[5][1] == new and all(row.get(name, math.nan) == pytest.approx(x, nan_ok=True) for name, x in results[5].items())
+        turns, answers, _ = arguments[7]
+        old = turns[len(new):]
+        assert turns[: len(new)] == new and len(old) == 6 and all(turn in buffer for turn in old)
+        assert arguments[6][1] == [turn["state"] for turn in old]
+        assert answers == [turn["answer"] for turn in new] + [turn.token_ids for turn in results[6]], "the fresh ones of now"
+        both = [(turn["state"] + turn["answer"], turn["state"] + answer) for turn, answer in zip(turns, answers, strict=True)]
+        for given in arguments[8:11]:
+            played, current = (given[3][name] for name in ("played", "current"))
+            assert len(played["tokens"]) == len(current["tokens"]) == 8
+            for i in range(8):
+                assert tuple(batch["tokens"][i, : batch["lengths"][i]].tolist() for batch in (played, current)) in both
+        assert all(row[name] == pytest.approx(np.mean([result[name] for result in results[8:11]])) for name in results[8])
+        first, second = arguments[11][1], arguments[13][1]
+        assert first != second and all(len(states) == 8 for states in (first, second))
+        assert all(states in [turn["state"] for turn in buffer] for states in first + second)
+        if buffer != new:  # some were just played, some are older
+            assert {turn in new for turn in old} == {True, False}
+            assert {state in [turn["state"] for turn in new] for state in first + second} == {True, False}
+        assert row["fresh_tokens"] == sum(len(turn.token_ids) for n in (6, 11, 13) for turn in results[n])
+        assert row["critic_steps"] == 3 and row["buffer_turns"] == len(buffer)
+        moved += [part[n][3] for n in (6, 11, 13)]
+    assert [a != b for a, b in itertools.pairwise(moved)] == [False, True, True, False, True], "by the policy as it is then"
+    assert state["buffer"] == buffer
+    played = sum(len(turn["answer"]) for turn in buffer)
+    assert rows[2]["generated_tokens"] == sum(row["fresh_tokens"] for row in rows[1:]) + played
 
 
 @pytest.mark.parametrize("size", [9, 1])
-def test_the_oldest_episodes_make_room_and_the_newest_stays(tmp_path, size):
+def test_the_oldest_turns_make_room(tmp_path, size):
     """While the policy rests every run plays the same."""
     rows, _, state = finished(short(tmp_path / "all", actor_warm_up=9))
     everything = state["buffer"]
-    turns = [row["num_turns"] for row in everything]
-    assert rows[2]["buffer_turns"] == sum(turns) == rows[2]["environment_steps"] > 9
+    assert rows[2]["buffer_turns"] == len(everything) == rows[2]["environment_steps"] > 9
     rows, _, state = finished(short(tmp_path / "some", actor_warm_up=9, replay_turns=size))
-    kept = max([1] + [n for n in range(len(turns)) if sum(turns[-n:]) <= size and n])
-    assert state["buffer"] == everything[-kept:] and rows[2]["buffer_turns"] == sum(turns[-kept:])
+    assert state["buffer"] == everything[-size:] and rows[2]["buffer_turns"] == size
 
 
 @pytest.mark.parametrize("flags,named", [
-    ({"discount": 1.5}, "--discount"), ({"target_rate": 1.5}, "--target-rate"), ({"target_rate": 0.0}, "--target-rate"),
-    ({"critic_batch_turns": 7}, "multiples of 2"), ({"actor_batch_turns": 7}, "multiples of 2")])
-def test_settings_without_a_meaning_are_one_line(flags, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    ({"discount": 1.5}, "--discount"), ({"target_rate": 1.5}, "--target-rate"), ({"target_rate": 0.0}, "--target-rate")])
+def test_settings_without_a_meaning_are_one_line(flags, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(short(tmp_path, **flags))
     error = capsys.readouterr().err

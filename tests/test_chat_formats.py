@@ -235,12 +235,11 @@ def test_critics_do_not_ask_the_configuration_for_their_width(script):
     assert not hasattr(model.config, "hidden_size")
     policy = Policy.__new__(Policy)  # without a tokenizer
     policy.model, policy.device, policy.bf16 = model, torch.device("cpu"), False
-    batch = {"tokens": torch.arange(6)[None], "turn_id": torch.tensor([[-1, -1, 0, 0, -1, 1]]),
-             "starts": torch.tensor([[2, 5]])}
+    batch = {"tokens": torch.arange(6)[None], "turn_id": torch.tensor([[-1, -1, 0, 0, -1, 1]]), "starts": torch.tensor([2])}
     if script == "st_ppo":
         assert st_ppo.Critic(policy)(batch).shape == (1, 6)
     else:
-        assert [x.shape for x in archer.TurnCritic(policy, 3)(batch)] == [(1, 2, 3), (1, 2, 3)]
+        assert [x.shape for x in archer.TurnCritic(policy, 3)(batch)] == [(1, 3), (1, 3)]
 
 
 @pytest.mark.parametrize("script", ["st_ppo", "archer"])
@@ -257,6 +256,6 @@ def test_critics_of_a_checkpointed_policy_are_checkpointed(form, folder, script,
     passes = []
     critic.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     batch = {"tokens": torch.zeros(1, 6, dtype=torch.long), "turn_id": torch.tensor([[-1, -1, -1, 0, 0, 0]]),
-             "starts": torch.tensor([[3]])}
+             "starts": torch.tensor([3])}
     torch.stack([x.sum() for x in critic(batch)]).sum().backward()
     assert len(passes) == 2

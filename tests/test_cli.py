@@ -34,7 +34,7 @@ QUICK = {"num_prompts": 2, "group_size": 2, "warm_start_steps": 5, "num_iteratio
          "env_kwargs": '{"size": 3}', "max_turns": 4}
 WORDS = {"env_id": "words:tests/Words-v0", "env_kwargs": "{}"}
 NOT_ALL_HAVE = {"kl_coefficient", "entropy_coefficient"}
-FEW_STEPS = {"archer": {"critic_steps": 2, "critic_batch_turns": 8, "actor_steps": 2, "actor_batch_turns": 8, "actor_warm_up": 1,
+FEW_STEPS = {"archer": {"critic_steps": 2, "critic_batch_turns": 8, "fresh_turns": 8, "actor_steps": 2, "actor_batch_turns": 8, "actor_warm_up": 1,
                         "max_turn_tokens": 4}}
 
 

@@ -16,7 +16,7 @@ EXPECTED = {  # script: (iterations, other flags, least rise of success: about a
                                 "env_kwargs": '{"min_hops": 1, "max_hops": 2, "max_turns": 2}'}, 0.08),
     "igpo": (8, SEARCH, 0.025), "tree_grpo": (8, SEARCH, 0.04), "st_ppo": (20, SEARCH | {"learning_rate": 3e-4}, 0.08),
     "seeupo": (20, SEARCH | {"learning_rate": 3e-4}, 0.045),
-    "archer": (6, {"max_turns": 3, "learning_rate": 1e-4, "warm_start_steps": 100}, 0.015)}
+    "archer": (8, {"actor_warm_up": 4}, 0.12)}
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
             assert (block(f"docs/{algo}.md", f"{claim} at equal tokens")
                     == report.equal_tokens_table(algo, claim))
         seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
-        assert len(seeds[0]) >= 5 and all(s == seeds[0] for s in seeds), "paired seeds"
+        assert min(map(len, seeds)) >= 5 and all(set(s) <= set(seeds[0]) for s in seeds), "paired seeds"
+        assert not report.CLAIMS[algo][claim].says or seeds[1] == seeds[0], "of the primary comparison"
 
 
 def test_the_results_of_all_scripts_are_those_of_the_csv():
@@ -314,19 +315,19 @@ def run_of(*returns, seed="1", arm="a"):
 
 def test_a_level_counts_when_the_next_evaluation_keeps_it():
     points = run_of(-12, -9, -11, -9.5, -9, -8)
-    assert report.episodes_to(points, -10) == [6 * 64, 3000, 30]  # at -9 it was lost again
-    assert report.episodes_to(points, -11) == [2 * 64, 1000, 10]
+    assert report.episodes_to(points, -10) == [6 * 16, 3000, 30]  # at -9 it was lost again
+    assert report.episodes_to(points, -11) == [2 * 16, 1000, 10]
     assert report.episodes_to(points, -8) is None and report.episodes_to(points, -7) is None
 
 
 def test_the_table_of_levels_by_hand(monkeypatch):
-    """Two seeds: one reaches -10 after 128 episodes, one never; 6 and 1 of 9 on the way from -11.8 to -2.8."""
-    curves = run_of(-11.8, -9, -5.8) + run_of(-11.8, -11, -10.8, seed="2")
+    """Two seeds: one reaches -12 after 96 episodes, one never; 16 and 8 of 20 on the way from -26.84 to -6.84."""
+    curves = run_of(-26.84, -11, -14.84, -12, -10.84) + run_of(-26.84, -19, -18.84, seed="2")
     monkeypatch.setattr(report, "read", lambda path: curves)
     row = report.levels_table("archer", ["a"]).splitlines()[2].split(" | ")
-    assert row[1:5] == ["128 episodes, 1k tokens, 10 s (2 of 2)", "128 episodes, 1k tokens, 10 s (1 of 2)",
-                        "128 episodes, 1k tokens, 10 s (1 of 2)", "never"]
-    assert row[5:] == ["5.50 ± 3.54", "0.39 ± 0.39 |"]
+    assert row[1:5] == ["32 episodes, 1k tokens, 10 s (2 of 2)", "32 episodes, 1k tokens, 10 s (1 of 2)",
+                        "96 episodes, 3k tokens, 30 s (1 of 2)", "never"]
+    assert row[5:] == ["8.00 ± 5.66", "0.60 ± 0.28 |"]
 
 
 def test_collecting_runs_by_hand(tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 SIZES = {  # flags that no arm needs to set: sizes, rates and constants of the method
     "episodes_per_update", "kl_coefficient", "clip_low", "clip_high", "entropy_coefficient", "num_minibatches",
     "decay_base", "format_penalty", "eval_max_turns", "thought_cap", "discount", "gae_lambda",
-    "critic_learning_rate", "target_rate", "critic_batch_turns", "actor_steps", "actor_batch_turns"}
+    "critic_learning_rate", "target_rate", "critic_steps", "critic_batch_turns", "fresh_turns", "actor_steps",
+    "actor_batch_turns", "actor_warm_up"}
 INTENDED_DIFFERENCES = {  # function: why it differs between scripts
     "main": "the loop is the algorithm",
     "update": "what the loss is divided by, the KL, the entropy mask, the scaled gradient",
@@ -57,8 +58,7 @@ def test_every_script_has_a_default_arm_and_no_arm_is_listed_twice():
     names = [(claims, arm) for claims, arm, _, _ in arms()]
     assert len(names) == len(set(names)) > 100
     for script in SCRIPTS:
-        assert any(s == script and parse(s, flags) == parse(s, ()) for _, _, s, flags in arms()
-                   if s != "archer") or script == "archer"  # archer's is evaluated more often
+        assert any(s == script and parse(s, flags) == parse(s, ()) for _, _, s, flags in arms())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -127,7 +127,7 @@ def test_sections_stand_in_order(script):
 def test_sizes(script):
     """A reader has half an hour: lines of a script, of a function, of main."""
     path = ROOT / (f"algos/{script}.py" if script in SCRIPTS else f"{script}.py")
-    most = {"utils": 300, "rollouts": 300, "ms_grpo": 230, "archer": 410}.get(script, 330)
+    most = {"utils": 300, "rollouts": 300, "ms_grpo": 230, "archer": 410, "st_ppo": 350}.get(script, 330)
     assert len(path.read_text().splitlines()) <= most
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):

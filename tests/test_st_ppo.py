@@ -432,34 +432,39 @@ def slow_advantages(episode, values, args):
 @pytest.mark.parametrize("flags", [
     {"variant": "turn_ppo", "micro_batch_tokens": 60},
     {"discount": 0.9, "gae_lambda": 0.8, "num_epochs": 2, "num_minibatches": 3, "critic_learning_rate": 0.02,
-     "staleness": 1, "num_iterations": 3, "num_prompts": 2, "group_size": 3}])
+     "staleness": 1, "num_iterations": 3, "num_prompts": 2, "group_size": 3},
+    {"variant": "ppo", "history_turns": 0, "discount": 0.9, "gae_lambda": 0.8},  # a row for every turn
+    {"history_turns": 1, "staleness": 1}])
 def test_what_a_run_trains_on_against_a_loop(flags, tmp_path, spy):
-    """The batch is as old as asked for and whitened once; no episode is split or left out."""
+    """The batch is as old as asked for and whitened once; no episode is split or left out, also if it has many rows."""
     args, logged = Args(**(QUICK | flags)), run(tmp_path, **flags)[0][1:]
     for number, (now, row) in enumerate(zip(spy, logged, strict=True)):
         if number < args.staleness:
             assert not now.updates and row["optimizer_steps"] == 0 and "loss" not in row
             continue
         assert len(now.updates) == row["optimizer_steps"] == args.num_epochs * args.num_minibatches
-        ids = [sorted(part["episode_id"].tolist()) for part in now.updates]
+        ids = [sorted({*part["episode_id"].tolist()}) for part in now.updates]
         deals = [ids[n:n + args.num_minibatches] for n in range(0, len(ids), args.num_minibatches)]
         assert all(sorted(sum(deal, [])) == [0, 2, 3, 4, 5] for deal in deals), "all but the empty one"
         assert max(map(len, ids)) == 6 // args.num_minibatches
         assert len(set(map(str, deals))) == len(deals), "new minibatches in every pass"
 
         episodes = spy[number - args.staleness].episodes
-        rows = [{name: x[i] for name, x in part.items()} | {"sampled": part["turn_id"][i] >= 0}
-                for part in now.updates[:args.num_minibatches] for i in range(len(part["tokens"]))]
-        values, returns, white, old = ([x[name][x["sampled"]].tolist() for x in rows]
+        parts = [(part, number, part["episode_id"] == number) for part in now.updates[:args.num_minibatches]
+                 for number in part["episode_id"].unique().tolist()]
+        values, returns, white, old = ([part[name][rows][part["turn_id"][rows] >= 0].tolist() for part, _, rows in parts]
                                        for name in ("old_values", "returns", "advantages", "old_logprobs"))
-        mine = [episodes[x["episode_id"]] for x in rows]
+        mine = [episodes[number] for _, number, _ in parts]
         raw = [slow_advantages(episode, v, args) for episode, v in zip(mine, values, strict=True)]
         everything, goal = np.concatenate(raw), np.concatenate(raw) + np.concatenate(values)
         assert np.concatenate(returns) == pytest.approx(goal, abs=1e-4)
         expected = (everything - everything.mean()) / np.sqrt(everything.var(ddof=1) + 1e-8)
         assert np.concatenate(white) == pytest.approx(expected, abs=1e-4)
         assert old == [pytest.approx([x for turn in e.turns for x in turn.logprobs]) for e in mine], "when sampled"
-        assert [x["tokens"][:x["lengths"]].tolist() for x in rows] == [e.row() for e in mine]
+        for (part, _, rows), episode in zip(parts, mine, strict=True):
+            tokens = [ids[:n].tolist() for ids, n in zip(part["tokens"][rows], part["lengths"][rows], strict=True)]
+            assert sum(tokens, []) == [x for turn in episode.turns for x in turn.prompt_ids + turn.token_ids]
+            assert len(tokens) == (1 if args.history_turns is None else len(episode.turns))
         assert row["explained_variance"] == pytest.approx(1 - everything.var() / goal.var(), rel=1e-2)
         assert row["clip_bias_norm_max"] == max(report["clip_bias_norm"] for report in now.reports)
         assert (now.reports[0]["approx_kl"] > 1e-6) == (number > args.staleness > 0), "of the first step"

@@ -70,6 +70,7 @@ GAMES = {  # name: environment, settings, what it does
     "parts": ("turnrl/SearchQA-v0", {"regime": "parts"}, search_or_answer),
     "desk": ("turnrl/ToolDesk-v0", {}, command),
     "objects": ("turnrl/TwentyQuestions-v0", {}, question),
+    "maze": ("turnrl/Maze-v0", {}, move),
     "trust": ("turnrl/Trust-v0", {"rounds": 3}, lose),
 }
 
