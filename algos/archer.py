@@ -286,7 +286,7 @@ def same_state_advantages(returns: Tensor, state_id: Tensor) -> Tensor:
 
 
 def critic_quality(critic: TurnCritic, turns: list[dict], args: Args) -> dict[str, float]:
-    """What the critic knows of new episodes: what turns return, and which answers to a state more.
+    """What the critic knows of new episodes: what turns return, and which answers return more.
 
     Of the first half of --max-turns: what later turns return, a time limit soon cuts.
     """
