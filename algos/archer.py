@@ -37,7 +37,7 @@ Deviations and choices
         answers serve all steps: the policy rests (code: the buffer, an answer for every draw).
     D8  Sizes are smaller, see the flags. The evaluation samples (code: greedy).
 
-    python algos/archer.py        about 2 minutes on 2 CPU cores
+    python algos/archer.py        about 1.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
@@ -286,7 +286,7 @@ def same_state_advantages(returns: Tensor, state_id: Tensor) -> Tensor:
 
 
 def critic_quality(critic: TurnCritic, turns: list[dict], args: Args) -> dict[str, float]:
-    """What the critic knows of new episodes: what turns return, and which answers to a state more.
+    """What the critic knows of new episodes: what turns return, and which answers return more.
 
     Of the first half of --max-turns: what later turns return, a time limit soon cuts.
     """
