@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from results import credit, judge
 from results.claims import (ALGORITHMS, CLAIMS, CROSS, CURVES, DEFAULT_ARMS, DIAGNOSTICS, EPISODES,
-                            EXTRA, IMITATIONS, LADDERS, LEVEL_ARMS, LEVELS, PAIRS)
+                            EXTRA, IMITATIONS, LADDERS, LEVEL_ARMS, LEVELS, MOMENTS, PAIRS)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -218,12 +218,11 @@ def claim_table(algo: str, claim: str) -> str:
         cells += [f"{column(rows, arm, name).mean():.0f}"
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
-    moments = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run"}
     if it.says:
         differences, checks, outcome = judged(algo, claim)
         low, high = judge.interval(differences)
         lines.append(
-            f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {moments[it.at]} "
+            f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {MOMENTS[it.at]} "
             f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], {of_seeds(differences)}: "
             f"**{outcome}**. Checks: " + "; ".join(map(str, checks)) + ".")
     lines.append(f"\n{'Secondary differences' if it.says else 'Differences'} [95 % interval]:\n")
@@ -231,7 +230,7 @@ def claim_table(algo: str, claim: str) -> str:
     pairs += [pair for pair in PAIRS.get(algo, []) if set(pair) <= set(arms) - {arms[0]}]
     for first, second in pairs:
         parts = []
-        for moment, words in moments.items():
+        for moment, words in MOMENTS.items():
             differences = difference(algo, claim, first, second, moment)
             primary = it.says and (first, second) == arms[:2] and moment == it.at
             if differences is not None and not primary:
@@ -251,11 +250,10 @@ def verdicts_table() -> str:
             if it.says:
                 differences, checks, outcome = judged(algo, name)
                 low, high = judge.interval(differences)
-                where = "equal tokens" if it.at == "tokens" else "the end"
                 lines.append("| " + " | ".join([
                     ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
                     f"**{outcome}**",
-                    f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} at {where}: "
+                    f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} {MOMENTS[it.at]}: "
                     f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
                     of_seeds(differences), "; ".join(map(str, checks))]) + " |")
     return "\n".join(lines)

@@ -3,10 +3,10 @@
     python tests/benchmarks/rates.py CLAIMS "PATTERN"          such as: rates.py tree_grpo "tree_*"
 
 CLAIMS and PATTERN as SCRIPTS and ARMS of run_all.sh. One run after the other, one thread each. A run that
-is finished is not made again. Adds its rows to results/rates.csv and prints the mean of every rate.
+is finished is not made again. Adds its rows to results/rates.csv: success and return at both ends and as
+the mean over the evaluations.
 """
 
-import collections
 import csv
 import fnmatch
 import json
@@ -22,13 +22,18 @@ RATES, SEEDS = ("1e-4", "3e-4", "1e-3"), (11, 12)
 TABLE = ROOT / "results/rates.csv"
 
 
-def summary(folder: Path, command: list[str]) -> dict:
-    """What the run of this command, finished or made now, wrote at its end."""
+def results(folder: Path, command: list[str]) -> dict[str, str]:
+    """What came out of the run of this command, finished or made now."""
     if not list(folder.glob("*/summary.json")):
         subprocess.run([sys.executable, *command, "--run-dir", folder, "--print-samples", "0"], cwd=ROOT,
                        check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     [path] = folder.glob("*/summary.json")
-    return json.loads(path.read_text())
+    with open(path.parent / "metrics.csv", newline="") as file:
+        evaluations = [row for row in csv.DictReader(file) if row["eval_success"]]
+    numbers = {f"{what}_mean": statistics.mean(float(row[f"eval_{what}"]) for row in evaluations)
+               for what in ("success", "return")} | json.loads(path.read_text())
+    return {f"{what}_{when}": f"{numbers[f'{what}_{when}']:.3f}"
+            for what in ("success", "return") for when in ("start", "end", "mean")}
 
 
 if __name__ == "__main__":
@@ -38,18 +43,14 @@ if __name__ == "__main__":
     for name, arm, _, *command in map(shlex.split, arms.stdout.splitlines()):
         if name != claims or not fnmatch.fnmatch(arm, pattern):
             continue
-        ends = collections.defaultdict(list)
         for rate in RATES:
             for seed in SEEDS:
-                end = summary(ROOT / f"runs/rates/{claims}/{arm}-{rate}-{seed}", [
-                    *command, "--learning-rate", rate, "--seed", str(seed)])  # the last one counts
-                row = {"claims": claims, "arm": arm, "learning_rate": rate, "seed": str(seed), **{
-                    f"{what}_{when}": f"{end[f'{what}_{when}']:.3f}"
-                    for what in ("success", "return") for when in ("start", "end")}}
-                ends[rate].append(end["success_end"])
+                row = {"claims": claims, "arm": arm, "learning_rate": rate, "seed": str(seed), **results(
+                    ROOT / f"runs/rates/{claims}/{arm}-{rate}-{seed}",
+                    [*command, "--learning-rate", rate, "--seed", str(seed)])}  # the last rate counts
+                print(*row.values(), flush=True)
                 rows = [old for old in rows if [*old.values()][:4] != [*row.values()][:4]] + [row]
                 with open(TABLE, "w", newline="") as file:
                     writer = csv.DictWriter(file, list(row))
                     writer.writeheader()
                     writer.writerows(sorted(rows, key=lambda row: [*row.values()][:2]))
-        print(arm, {rate: round(statistics.mean(x), 3) for rate, x in ends.items()}, flush=True)
