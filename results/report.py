@@ -520,6 +520,30 @@ def exercises_table() -> str:
                       "|---" * 6 + "|", *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
+def oracle_table() -> str:
+    """results/oracle.csv beside the runs of maze_archer with the same seeds."""
+    rows = read(ROOT / "results/oracle.csv")
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    rows = [row for row in read(ROOT / "results/archer_curves.csv")
+            if row["arm"] == "maze_archer" and row["seed"] in seeds] + rows
+    lines = ["| arm | seeds | return at the end | mean over the run | "
+             "above `maze_archer` over the run [95 %] |", "|---" * 5 + "|"]
+    first = None  # the means of maze_archer
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        runs = np.array([[float(row["return"]) for row in rows
+                          if (row["arm"], row["seed"]) == (arm, seed)] for seed in seeds])
+        end, means, against = runs[:, -1], runs.mean(1), ""  # (seeds, evaluations)
+        if first is None:
+            first = means
+        else:
+            low, high = judge.interval(means - first)
+            against = f"{(means - first).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append("| " + " | ".join([
+            f"`{arm}`", str(len(seeds)), f"{end.mean():.3f} ± {end.std(ddof=1):.3f}",
+            f"{means.mean():.3f} ± {means.std(ddof=1):.3f}", against]) + " |")
+    return "\n".join(lines)
+
+
 def recipes_table() -> str:
     """results/recipes.csv, made by tests/benchmarks/recipes.py: a row per recipe and arm."""
     rows = read(ROOT / "results/recipes.csv")
@@ -783,6 +807,7 @@ if __name__ == "__main__":
     replace_block(ROOT / "docs/models.md", "models", models_table())
     replace_block(ROOT / "docs/exercises.md", "exercises", exercises_table())
     replace_block(ROOT / "docs/recipes.md", "recipes", recipes_table())
+    replace_block(ROOT / "docs/archer.md", "oracle", oracle_table())
     replace_block(ROOT / "docs/pretrained.md", "pretrained", pretrained_table())
     replace_block(ROOT / "docs/pretrained.md", "passed", passed_table())
     replace_block(ROOT / "docs/pretrained.md", "speed", chat_speed_table())

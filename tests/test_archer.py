@@ -17,11 +17,13 @@ from algos.archer import (
     Args, TurnCritic, actor_objective, answer_advantages, answer_rows, critic_batches, critic_quality, critic_update,
     fresh_answers, main, q_targets, same_state_advantages, squared_errors, transitions, turn_values, update,
 )
+from benchmarks.oracle import Oracle
 from conftest import KeepGradient
 from envs.episodes import Episode, Turn
+from envs.maze import Maze
 from envs.twenty_questions import TwentyQuestions
 from policies import Policy, load_policy, make_tiny
-from rollouts import sample_tokens
+from rollouts import collect_groups, make_envs, sample_tokens
 from utils import micro_batches, rank_correlation
 
 CPU = torch.device("cpu")
@@ -529,3 +531,21 @@ def test_settings_without_a_meaning_are_one_line(flags, named, tmp_path, capsys)
         main(short(tmp_path, **flags))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and named in error
+
+
+# --- tests/benchmarks/oracle.py ------------------------------------------------------------------
+def test_exact_values_are_the_mean_of_many_returns():
+    """Of a policy that knows little, so that many answers are unreadable; 100 turns later a return is discounted to 0.6 %."""
+    args = Args(max_turns=120, num_prompts=100, warm_start_steps=40, env_kwargs='{"max_turns": 120}')
+    policy = load_policy(args, 0)
+    oracle = Oracle(policy, Maze(), args)
+    (q, v), returns = oracle.values(), {}
+    for episode in collect_groups(policy, make_envs(args), args, 0):
+        first = {tuple(turn["state"]): turn["return_to_go"]
+                 for turn in reversed(transitions(policy, episode, args)[:20])}
+        for state, value in first.items():
+            returns.setdefault(state, []).append(value)
+    off = [(np.mean(x) - v[oracle.states.index(state)]) / (np.std(x) / len(x) ** 0.5)
+           for state, x in returns.items() if len(x) > 9]
+    assert len(off) > 10 and np.sqrt(np.mean(np.square(off))) < 1.5
+    assert (q.min(1) <= v).all() and (v <= q.max(1)).all(), "V is a mean of Q"

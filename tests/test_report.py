@@ -43,6 +43,7 @@ def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/gpu.md", "busy") == report.busy_table()
     assert block("docs/models.md", "models") == report.models_table()
     assert block("docs/recipes.md", "recipes") == report.recipes_table()
+    assert block("docs/archer.md", "oracle") == report.oracle_table()
     assert block("docs/ufo.md", "retry") == report.retry_table()
     assert block("docs/seeupo.md", "turns") == report.turns_table()
     assert block("docs/gpu.md", "memory") == report.memory_table()
@@ -283,6 +284,19 @@ def test_the_table_of_recipes_by_hand(monkeypatch):
     assert report.recipes_table().splitlines()[2:] == [
         "| `r` | plain | 3 | 0.200 | 0.400 ± 0.000 |  | -0.400 |  | 1000 | 10 |",
         "| `r` | patched | 3 | 0.200 | 0.600 ± 0.100 | +0.200 [-0.048, +0.448] | -0.600 | `void` 0.25 | 1000 | 10 |"]
+
+
+def test_the_table_of_exact_values_by_hand(monkeypatch):
+    """Two seeds, evaluations at -8 and -4 (mean -6) and so on: means 2 and 3 above, 2.5 with 12.7 * 0.5 to both sides."""
+    curves = {"maze_archer": {"1": (-8, -4), "2": (-8, -6), "3": (0, 0)}, "other": {"1": (0, 0)}}
+    exact = {"exact": {"1": (-6, -2), "2": (-6, -2)}}
+    tables = {name: [{"arm": arm, "seed": seed, "return": str(x)} for arm, mine in table.items()
+                     for seed, points in mine.items() for x in points]
+              for name, table in (("archer_curves", curves), ("oracle", exact))}
+    monkeypatch.setattr(report, "read", lambda path: tables[path.stem])
+    assert report.oracle_table().splitlines()[2:] == [
+        "| `maze_archer` | 2 | -5.000 ± 1.414 | -6.500 ± 0.707 |  |",
+        "| `exact` | 2 | -2.000 ± 0.000 | -4.000 ± 0.000 | +2.500 [-3.853, +8.853] |"]
 
 
 def test_the_comparison_at_equal_tokens_by_hand(monkeypatch):
