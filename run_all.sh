@@ -206,7 +206,7 @@ maze=(--env-id turnrl/Maze-v0 --max-turns 30 --max-turn-tokens 2 --warm-start-st
 run archer maze_archer
 ALGO=st_ppo run archer maze_ppo "${maze[@]}" --variant ppo --num-prompts 16 --num-epochs 4 --discount 0.975 \
     --gae-lambda 0.95 --learning-rate 3e-4
-ALGO=ms_grpo run archer maze_grpo "${maze[@]}" --sampling all --num-prompts 4 --group-size 4 --learning-rate 3e-4
+ALGO=ms_grpo run archer maze_grpo "${maze[@]}" --sampling all --num-prompts 4 --group-size 4 --learning-rate 1e-3
 with_seeds 1 2 3 4 5
 run archer maze_monte_carlo --value-target monte_carlo
 run archer maze_one_critic --num-critics 1
