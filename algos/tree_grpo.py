@@ -34,9 +34,8 @@ Deviations and choices
         the shared turns again in one forward pass. There is one round of forks (paper: L rounds).
     D5  --chains is a control: M (1 + N / 2) independent chains, which cost the same by [T]'s
         formula. Trees of short episodes cost somewhat more (Eq. 1): compare at equal tokens.
-    D6  No KL and no entropy bonus, as in [M] ([T]: 0.001 each). Mean over tokens, as in the
-        official code (paper [T]: over rows). Clip 0.2 on both sides ([M]: 0.28 above), no dual
-        clip (official code: 3). Two minibatches ([T]: 8).
+    D6  No KL and no entropy bonus, as in [M] ([T]: 0.001 each). Mean over tokens ([T]: over rows).
+        Clip 0.2 on both sides ([M]: 0.28 above), no dual clip (code: 3). Two minibatches ([T]: 8).
     D7  rho = 0.5 by default ([M]: 0.2). A turn has four tokens here. The 20 % of highest entropy
         leave out the word that decides between searching and answering.
 
