@@ -73,7 +73,7 @@ class Args(RunArgs):
     group_size: int = 1  # episodes that start from the same seed (none are compared here)
     max_turns: int = 30  # turns after which an episode is truncated, K
     max_turn_tokens: int = 2  # tokens the policy may sample in one turn
-    learning_rate: float = 1e-3  # of AdamW, constant
+    learning_rate: float = 3e-4  # of AdamW, constant
     num_iterations: int = 30  # iterations of: collect episodes, update
     tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
     warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps

@@ -226,7 +226,7 @@ CLAIMS = {  # algo: name of the table: claim
                          of("maze_archer", "explained_variance"), 0.2),)),
         "B": Claim(
             "480 episodes: the critic", "maze",
-            ("maze_archer", "maze_monte_carlo", "maze_one_critic", "maze_small_buffer",
+            ("maze_default", "maze_monte_carlo", "maze_one_critic", "maze_small_buffer",
              "maze_ended"),
             metric="return", at="area", best=-6.84)},
 }
@@ -239,7 +239,7 @@ DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),
     ("st_ppo", "desk_st_ppo", "tool desk (default)"),
     ("seeupo", "desk_reverse", "tool desk (default)"),
-    ("archer", "maze_archer", "maze (default)")]
+    ("archer", "maze_default", "maze (default)")]
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "bottom80")],
     "turn_budget": [("limit_none", "limit_fixed"), ("think_none", "think_none_drop")],
@@ -253,7 +253,7 @@ CROSS = {  # the cross table: environment -> heading; its arms are <environment>
     "search": "search", "desk": "tool desk", "guess": "twenty questions"}
 LEVELS = (-20, -16, -12, -9)  # returns that ArCHer's table of episodes asks for
 EPISODES = 16  # in every iteration of these runs
-LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms[1:]]
+LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms]
 LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
     "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
     "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",

@@ -87,8 +87,8 @@ class Oracle:
 def run(seed: int, warm_up: int, folder: str, **flags) -> list[dict[str, str]]:
     """The rows of its metrics.csv."""
     args, oracles = archer.Args(
-        seed=seed, actor_warm_up=warm_up, critic_steps=1, value_target="monte_carlo", run_dir=folder,
-        print_samples=0, **flags), []  # the critic still learns a little, but nobody asks it
+        seed=seed, learning_rate=1e-3, actor_warm_up=warm_up, critic_steps=1, value_target="monte_carlo",
+        run_dir=folder, print_samples=0, **flags), []  # the critic still learns a little, but nobody asks it
     load = archer.load_policy
 
     def load_policy(*given):
