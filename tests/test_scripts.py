@@ -20,7 +20,7 @@ SIZES = {  # flags that no arm needs to set: sizes, rates and constants of the m
     "episodes_per_update", "kl_coefficient", "clip_low", "clip_high", "entropy_coefficient", "num_minibatches",
     "decay_base", "format_penalty", "eval_max_turns", "thought_cap", "discount", "gae_lambda",
     "critic_learning_rate", "target_rate", "critic_steps", "critic_batch_turns", "fresh_turns", "actor_steps",
-    "actor_batch_turns", "actor_warm_up"}
+    "actor_batch_turns", "actor_warm_up", "history_turns"}
 INTENDED_DIFFERENCES = {  # function: why it differs between scripts
     "main": "the loop is the algorithm",
     "update": "what the loss is divided by, the KL, the entropy mask, the scaled gradient",
