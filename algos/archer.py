@@ -37,7 +37,7 @@ Deviations and choices
         answers serve all steps: the policy rests (code: the buffer, an answer for every draw).
     D8  Sizes are smaller, see the flags. The evaluation samples (code: greedy).
 
-    python algos/archer.py        about 1.5 minutes on 2 CPU cores
+    python algos/archer.py        about 1 minute on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

@@ -39,7 +39,7 @@ Deviations and choices
     D7  rho = 0.5 by default ([M]: 0.2). A turn has four tokens here. The 20 % of highest entropy
         leave out the word that decides between searching and answering.
 
-    python algos/tree_grpo.py        about 2 minutes on 2 CPU cores
+    python algos/tree_grpo.py        about 1 minute on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

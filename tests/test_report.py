@@ -65,7 +65,8 @@ def test_the_readme_tells_the_default_runs_as_they_were_measured():
     runs = report.default_runs()
     assert set(runs) == set(report.CLAIMS) == set(report.ALGORITHMS) == {algo for algo, *_ in report.DEFAULT_ARMS}
     for algo, row in runs.items():
-        minutes = f"python algos/{algo}.py        about {row['minutes']} minutes on {row['cores']} CPU cores"
+        unit = "minute" if row["minutes"] == "1" else "minutes"
+        minutes = f"python algos/{algo}.py        about {row['minutes']} {unit} on {row['cores']} CPU cores"
         assert minutes in (ROOT / f"algos/{algo}.py").read_text(), algo
 
 
