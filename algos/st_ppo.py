@@ -319,10 +319,10 @@ def main(args: Args) -> dict[str, float]:
             batch["old_values"] = batch_values(critic, batch, args)
             rewards, values, turn_id = (join_rows(batch[name], batch["episode_id"])
                                         for name in ("rewards", "old_values", "turn_id"))
-            found = gae_advantages(rewards, values, turn_id >= 0, args.discount, args.gae_lambda)
+            sampled = turn_id >= 0
+            found = gae_advantages(rewards, values, sampled, args.discount, args.gae_lambda)
             advantages, batch["returns"] = (
-                torch.zeros_like(batch["rewards"]).masked_scatter(mask, x[turn_id >= 0])
-                for x in found)
+                torch.zeros_like(batch["rewards"]).masked_scatter(mask, x[sampled]) for x in found)
             batch["advantages"] = whiten(advantages, mask)
 
             # 4. update; in every pass a new permutation deals the episodes out to minibatches

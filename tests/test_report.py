@@ -30,7 +30,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
             assert (block(f"docs/{algo}.md", f"{claim} at equal tokens")
                     == report.equal_tokens_table(algo, claim))
         seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
-        assert min(map(len, seeds)) >= 5 and all(set(s) <= set(seeds[0]) for s in seeds), "paired seeds"
+        assert min(map(len, seeds)) >= 5 and all(set(s) <= set(max(seeds, key=len)) for s in seeds), "paired seeds"
         assert not report.CLAIMS[algo][claim].says or seeds[1] == seeds[0], "of the primary comparison"
 
 
