@@ -31,7 +31,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
                     == report.equal_tokens_table(algo, claim))
         seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
         assert min(map(len, seeds)) >= 5 and all(set(s) <= set(max(seeds, key=len)) for s in seeds), "paired seeds"
-        assert not report.CLAIMS[algo][claim].says or seeds[1] == seeds[0], "of the primary comparison"
+        assert not report.CLAIMS[algo][claim].says or set(seeds[0]) <= set(seeds[1]), "of the primary comparison"
 
 
 def test_the_results_of_all_scripts_are_those_of_the_csv():
