@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from envs.episodes import Episode, Turn
 
@@ -163,6 +164,19 @@ def collate(episodes: list[Episode], device: torch.device,
     return batch
 
 
+def join_rows(x: Tensor, episode_id: Tensor) -> Tensor:
+    """The rows of an episode, one after the other, as one row, padded with -1.
+
+    x (B, T), episode_id (B,) -> (E, longest)
+
+    >>> join_rows(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0, 0, 1]))
+    tensor([[ 1,  2,  3,  4],
+            [ 5,  6, -1, -1]])
+    """
+    rows = [x[episode_id == episode].flatten() for episode in episode_id.unique()]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
 def turn_table(episodes: list[Episode], value: Callable[[Turn], float],
                device: torch.device) -> tuple[Tensor, Tensor]:
     """A number per turn, (E, K) in double, 0 after the end; the mask (E, K) of turns played."""
@@ -204,15 +218,22 @@ def token_logprobs(policy: Policy, batch: dict[str, Tensor],
 
 
 @torch.no_grad()
+def token_numbers(call: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], count: int,
+                  batch: dict[str, Tensor], args: RunArgs) -> Tensor:
+    """The `count` (B, T) that call(rows) gives, of a batch of any size, without gradient."""
+    values = torch.zeros(count, *batch["tokens"].shape, device=batch["tokens"].device)
+    numbered = batch | {"row": torch.arange(len(batch["tokens"]), device=values.device)}
+    for part in micro_batches(numbered, args.micro_batch_tokens):  # in another order of rows
+        here = torch.stack(call(part))
+        values[:, part["row"], : here.shape[2]] = here
+    return values
+
+
 def batch_logprobs(policy: Policy, batch: dict[str, Tensor],
                    args: RunArgs) -> tuple[Tensor, Tensor]:
     """token_logprobs of a batch of any size, without gradient: two (B, T)."""
-    values = torch.zeros(2, *batch["tokens"].shape, device=policy.device)
-    numbered = batch | {"row": torch.arange(len(batch["tokens"]), device=policy.device)}
-    for part in micro_batches(numbered, args.micro_batch_tokens):
-        here = torch.stack(token_logprobs(policy, part, args.temperature))
-        values[:, part["row"], : here.shape[2]] = here
-    return values[0], values[1]
+    return token_numbers(lambda rows: token_logprobs(policy, rows, args.temperature), 2,
+                         batch, args).unbind()
 
 
 def token_entropy(logits: Tensor) -> Tensor:

@@ -42,15 +42,15 @@ from typing import ClassVar, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a waiting thread of torch soon goes to sleep
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils.py and envs/ are
 from policies import Policy, load_policy, parse_args, twin
 from rollouts import collect_groups, make_envs
 from run_folder import Run
 from utils import (
-    DRAW, RunArgs, all_gather, all_reduce_sum, collate, micro_batches, optimizer_step,
-    over_processes, random_stream, rank, select_rows, stop, token_logprobs, turn_table, world_size,
+    DRAW, RunArgs, all_gather, all_reduce_sum, collate, join_rows, micro_batches, optimizer_step,
+    over_processes, random_stream, rank, select_rows, stop, token_logprobs, token_numbers,
+    turn_table, world_size,
 )
 
 
@@ -122,19 +122,6 @@ def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: floa
         next_value = torch.where(here, values[:, t], next_value)  # what was not sampled is skipped
         next_advantage = torch.where(here, advantages[:, t], next_advantage)
     return advantages, torch.where(mask, advantages + values, 0.0)
-
-
-def join_rows(x: Tensor, episode_id: Tensor) -> Tensor:
-    """The rows of an episode, one after the other, as one row, padded with -1 (for Eq. 8).
-
-    x (B, T), episode_id (B,) -> (E, longest)
-
-    >>> join_rows(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0, 0, 1]))
-    tensor([[ 1,  2,  3,  4],
-            [ 5,  6, -1, -1]])
-    """
-    rows = [x[episode_id == episode].flatten() for episode in episode_id.unique()]
-    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 @torch.no_grad()
@@ -231,16 +218,6 @@ class Critic(torch.nn.Module):
         return torch.where(batch["turn_id"] >= 0, values, 0.0)
 
 
-@torch.no_grad()
-def batch_values(critic: Critic, batch: dict[str, Tensor], args: Args) -> Tensor:
-    """The critic's values of a batch of any size, without gradient: (B, T)."""
-    values = torch.zeros_like(batch["old_logprobs"])
-    numbered = batch | {"row": torch.arange(len(values), device=values.device)}
-    for part in micro_batches(numbered, args.micro_batch_tokens):  # in another order of rows
-        values[part["row"], : part["tokens"].shape[1]] = critic(part)
-    return values
-
-
 # === 6. Update ===================================================================================
 def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
            critic_optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
@@ -316,7 +293,7 @@ def main(args: Args) -> dict[str, float]:
             mask = batch["turn_id"] >= 0
 
             # 3. V_old and A (B, T): once per batch, with the critic of now
-            batch["old_values"] = batch_values(critic, batch, args)
+            [batch["old_values"]] = token_numbers(lambda rows: (critic(rows),), 1, batch, args)
             rewards, values, turn_id = (join_rows(batch[name], batch["episode_id"])
                                         for name in ("rewards", "old_values", "turn_id"))
             sampled = turn_id >= 0

@@ -127,7 +127,7 @@ def test_sections_stand_in_order(script):
 def test_sizes(script):
     """A reader has half an hour: lines of a script, of a function, of main."""
     path = ROOT / (f"algos/{script}.py" if script in SCRIPTS else f"{script}.py")
-    most = {"utils": 300, "rollouts": 300, "ms_grpo": 230, "archer": 410, "st_ppo": 350}.get(script, 330)
+    most = {"utils": 320, "rollouts": 300, "ms_grpo": 230, "archer": 410}.get(script, 330)
     assert len(path.read_text().splitlines()) <= most
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):

@@ -15,14 +15,14 @@ import utils
 import words  # registers the game
 from algos import st_ppo
 from algos.st_ppo import (
-    Args, Critic, batch_values, gae_advantages, gradient_scale, place_turn_rewards, surrogate_and_clip_bias,
+    Args, Critic, gae_advantages, gradient_scale, place_turn_rewards, surrogate_and_clip_bias,
     turn_log_ratio, update, value_loss, whiten,
 )
 from conftest import CHATML, KeepGradient, byte_tokenizer, random_model
 from envs.episodes import Episode, Turn
 from policies import Policy, load_policy
 from run_folder import Run
-from utils import collate, micro_batches, select_rows
+from utils import collate, micro_batches, select_rows, token_numbers
 
 
 def table(*rows):
@@ -256,7 +256,7 @@ def test_a_value_knows_what_stands_before_its_token_and_nothing_else(policy):
         changed["tokens"][row, :t] = (batch["tokens"][row, :t] + 1) % 200
         assert abs(critic(changed)[row, t] - values[row, t]) > 1e-3
     for tokens in (1, 40, 10**6):
-        got = batch_values(critic, batch, Args(micro_batch_tokens=tokens))
+        [got] = token_numbers(lambda rows: (critic(rows),), 1, batch, Args(micro_batch_tokens=tokens))
         assert torch.allclose(got, values, atol=1e-5) and not got.requires_grad
 
 
