@@ -487,8 +487,9 @@ WARM_START_ROWS_PRETRAINED = 16  # in a step
 def play_demonstrations(args: RunArgs, env: gym.Env) -> list[Episode]:
     """The episodes of the scripted player that a warm start imitates."""
     rng = random_stream(args.seed, DEMONSTRATE)
-    count = min(NUM_DEMONSTRATIONS, cloning_steps(args) * rows_per_step(args))
-    count = NUM_DEMONSTRATIONS if args.model == "tiny" else count  # whose tokenizer is made of them
+    count = args.warm_start_episodes or NUM_DEMONSTRATIONS
+    if args.model != "tiny":  # whose tokenizer is made of them
+        count = min(count, cloning_steps(args) * rows_per_step(args))
     seeds = rng.integers(EVALUATION_SEEDS, size=count).tolist()
     episodes = []
     try:

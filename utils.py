@@ -42,7 +42,7 @@ class RunArgs:
     lora_rank: int | None = None  # train adapters of this rank (needs peft), not all weights
     context_length: int | None = None  # most tokens of a row; default: what the model's config says
     device: str = "cpu"  # torch device: cpu, cuda, cuda:1
-    num_iterations: int = 100  # iterations of: collect episodes, update
+    num_iterations: int = 60  # iterations of: collect episodes, update
     max_generated_tokens: int | None = None  # stop after the iteration that reaches so many
     num_prompts: int = 16  # environment seeds (groups) per iteration
     group_size: int = 8  # episodes that start from the same seed, G
@@ -53,8 +53,9 @@ class RunArgs:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     micro_batch_tokens: int = 4096  # tokens per forward pass of an update: memory, not results
     warm_start_steps: int | None = None  # of imitation before training; with a chat model 0
-    warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
-    tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
+    warm_start_episodes: int | None = None  # of the player that is imitated; default: 2048
+    warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
+    tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 10  # iterations between evaluations on held-out seeds
     eval_episodes: int = 256  # held-out seeds per evaluation, one episode each
     eval_temperature: float = 1.0  # sampling temperature of the evaluation
@@ -69,7 +70,7 @@ class RunArgs:
     may_be_zero: ClassVar[set[str]] = {"seed", "warm_start_steps", "print_samples"}  # others: >= 1
     chat_defaults: ClassVar = {"learning_rate": 1e-5, "num_prompts": 8, "max_turn_tokens": 24,
                                "eval_episodes": 64, "warm_start_learning_rate": 1e-4}
-    tiny_steps: ClassVar[int] = 600  # of the warm start, where the tiny model is trained
+    tiny_steps: ClassVar[int] = 300  # of the warm start, where the tiny model is trained
 
 
 def stop(message: str):

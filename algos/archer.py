@@ -76,8 +76,6 @@ class Args(RunArgs):
     learning_rate: float = 3e-4  # of AdamW, constant
     num_iterations: int = 30  # iterations of: collect episodes, update
     tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
-    warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
-    tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 3  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments

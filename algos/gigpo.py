@@ -61,9 +61,6 @@ from utils import (
 @dataclasses.dataclass
 class Args(RunArgs):
     num_iterations: int = 15  # iterations of: collect episodes, update
-    tiny_steps: ClassVar[int] = 300  # of the warm start, where the tiny model is trained
-    warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
-    tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments

@@ -34,7 +34,7 @@ Deviations and choices
     D6  Two optimizer steps per batch (paper: one). A step without any signal is skipped.
     D7  --reward-source outcome is GRPO; it and information_gain are the paper's ablations.
 
-    python algos/igpo.py        about 1.5 minutes on 2 CPU cores
+    python algos/igpo.py        about 0.5 minutes on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
@@ -68,6 +68,7 @@ class Args(RunArgs):
     # Algorithm specific arguments
     reward_source: Literal["both", "outcome", "information_gain"] = "both"  # r, Eq. 5 (paper: both)
     belief: Literal["log_prob", "prob"] = "log_prob"  # b, Eq. 2 (paper: log_prob; its v1: prob)
+    joint: bool = False  # one z-score for gains and outcomes together, Eq. 4 (paper: no; its v1)
     discount: float = 1.0  # of later turns in Eq. 6 (paper: 1)
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 7
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 7
@@ -113,11 +114,12 @@ def group_relative_advantages(scores: Tensor, group_id: Tensor, correction: int 
 
 @torch.no_grad()
 def turn_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_id: Tensor,
-                 reward_source: str = "both") -> Tensor:
+                 reward_source: str = "both", joint: bool = False) -> Tensor:
     """The reward of every turn: the z-score of its gain, on the last turn of the outcome. Eq. 4, 5
 
     gains (E, K), outcomes (E,), turn_mask (E, K), group_id (E,) -> (E, K), 0 after the end. The
-    part that reward_source leaves out becomes 0 after the z-scores were taken.
+    part that reward_source leaves out becomes 0 after the z-scores were taken. joint: one z-score
+    for both parts, so that a further turn pays what its gain is above the mean of both.
 
     >>> gains = torch.tensor([[3.0, 0.0], [1.0, 0.0]])  # A: 3, then a wrong answer; B: 1, right
     >>> turn_rewards(gains, torch.tensor([0.0, 1.0]), torch.ones(2, 2).bool(), torch.zeros(2))
@@ -127,7 +129,7 @@ def turn_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_id: T
     last = turn_mask.clone()
     last[:, :-1] &= ~turn_mask[:, 1:]  # (E, K) the last turn of every episode
     raw = torch.where(last, outcomes[:, None], gains)
-    pool = group_id[:, None] * 2 + last  # a group's gains are one pool, its outcomes another
+    pool = group_id[:, None] * 2 + (last & (not joint))  # gains are one pool, outcomes another
     rewards = torch.zeros_like(raw)
     rewards[turn_mask] = group_relative_advantages(raw[turn_mask], pool[turn_mask], correction=0)
     kept = {"both": turn_mask, "outcome": last, "information_gain": turn_mask & ~last}
@@ -282,7 +284,8 @@ def main(args: Args) -> dict[str, float]:
 
             # 3. advantages (E, K)
             group_id = torch.arange(len(episodes), device=policy.device) // args.group_size
-            credit = turn_rewards(gains, outcomes, turn_mask, group_id, args.reward_source)
+            credit = turn_rewards(gains, outcomes, turn_mask, group_id, args.reward_source,
+                                  args.joint)
             credit = turn_returns(credit, turn_mask, args.discount)
 
             # 4. update

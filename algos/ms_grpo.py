@@ -23,7 +23,7 @@ Deviations and choices
     D4  --credit return_to_go and step are controls, not the paper's method.
     D5  Entropy coefficient 0.01 (code: 0.001), no dual clip (code: 3). KL is off, as in the code.
 
-    python algos/ms_grpo.py        about 1.5 minutes on 2 CPU cores
+    python algos/ms_grpo.py        about 1 minute on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================

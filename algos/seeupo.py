@@ -75,8 +75,6 @@ class Args(RunArgs):
     num_iterations: int = 30  # iterations of: collect episodes, update
     max_turn_tokens: int = 6  # tokens the policy may sample in one turn
     tiny_steps: ClassVar[int] = 400  # of the warm start, where the tiny model is trained
-    warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
-    tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
     eval_every: int = 5  # iterations between evaluations on held-out seeds
 
     # Algorithm specific arguments

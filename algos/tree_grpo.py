@@ -73,10 +73,6 @@ class Args(RunArgs):
     learning_rate: float = 5e-4  # of AdamW, constant
     num_prompts: int = 24  # environment seeds (groups of trees) per iteration
     group_size: int = 2  # trees per prompt, M in Eq. 1 (a group has more leaves than that)
-    num_iterations: int = 60  # iterations of: collect episodes, update
-    tiny_steps: ClassVar[int] = 300  # of the warm start, where the tiny model is trained
-    warm_start_learning_rate: float = 2e-3  # highest learning rate of these steps
-    tiny_init_std: float = 0.1  # standard deviation of the tiny model's first weights
 
     # Algorithm specific arguments
     forks: int = 2  # branches added to every tree, N in Eq. 1; with 0 a tree is its chain

@@ -61,8 +61,9 @@ class Args(RunArgs):
     max_turns: int = 4  # turns after which an episode is truncated, K
     max_turn_tokens: int = 4  # tokens of the action that follows a thought
     learning_rate: float = 1.5e-4  # of AdamW, constant
-    num_iterations: int = 60  # iterations of: collect episodes, update
     tiny_steps: ClassVar[int] = 500  # of the warm start, where the tiny model is trained
+    warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
+    tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
 
     # Algorithm specific arguments
     cap: Literal["none", "episode", "turn"] = "turn"  # on each thought, or on their sum, Eq. 1
@@ -183,8 +184,7 @@ class BudgetPolicy(Policy):
         allowance = self.allowance(episode, used)
         if allowance is not None:
             return allowance + self.reserve
-        # a thought that has filled the context ends the episode, even if it is dropped now
-        full = len(episode.row()) >= self.context_length
+        full = len(episode.row()) >= self.context_length  # C1, even if the thought is dropped now
         return 0 if full else self.context_length - used
 
     def force(self, episode: Episode, used: int, token_ids: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ Starting state: a level out of `levels`, then numbers:
     3  `(3 * x + 4) mod 7 = 5. x = ?`   m 5 or 7, a 1..m-1, b, x 0..m-1 candidates 0..m-1
     4  `7 + 8 = ?`                      a and b 1..20                   candidates 2..40
     5  `9 - 4 = ?`                      a 5..30, b 1..a                 candidates 0..29
+    6  `twelve apples = ?`              1..20 of twelve things          candidates 1..20
 Rewards: 1 for the right answer, 0 for a wrong one, minus `format_penalty` for a malformed action.
 Episode end: terminated by the right answer (success) or after `max_answers` actions.
 Instances: split by the problem's text (crc32 modulo 5): a fifth is for seeds at or above 2**30.
@@ -22,7 +23,13 @@ import zlib
 
 from envs.text_env import EVALUATION_SEEDS, TextEnv
 
-CANDIDATES = {"2": (1, 9), "4": (2, 40), "5": (0, 29)}  # lowest and highest; others: 0 to m - 1
+CANDIDATES = {"2": (1, 9), "4": (2, 40), "5": (0, 29), "6": (1, 20)}  # others: 0 to m - 1
+FIRST_RIGHT = {"6": 0.3}  # how often the scripted player's first answer is right; others: 0.75
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+           "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+           "nineteen", "twenty")
+THINGS = ("apples", "boxes", "cats", "doors", "eggs", "flags", "gates", "hats", "jars", "keys",
+          "lamps", "maps")
 ANSWER = re.compile(r".*<answer>\s*([+-]?[0-9]{1,6})\s*</answer>.*", flags=re.ASCII | re.DOTALL)
 TRY_AGAIN, NO_ANSWER = ("Incorrect. Please think again.",
                         "No answer found. Write <answer>number</answer>.")
@@ -41,13 +48,13 @@ class RetryMath(TextEnv):
                     "asked again.\nExample: (7 * 8) mod 5 = ? Your answer: <answer>1</answer>")
     answer_template = "<answer>{answer}</answer>"
 
-    def __init__(self, levels: str = "123", max_answers: int = 5, feedback: str = "unary",
+    def __init__(self, levels: str = "16", max_answers: int = 5, feedback: str = "unary",
                  show_answers_left: bool = False, format_penalty: float = 0.1,
                  render_mode: str | None = None):
         super().__init__(render_mode)
         levels = str(levels)
-        if not levels or set(levels) - set("12345"):
-            raise ValueError(f"levels {levels!r}: digits out of 12345")
+        if not levels or set(levels) - set("123456"):
+            raise ValueError(f"levels {levels!r}: digits out of 123456")
         if feedback not in ("unary", "unary-reward", "blank"):
             raise ValueError(f"feedback {feedback!r}: choose from unary, unary-reward, blank")
         if max_answers < 1:
@@ -91,9 +98,12 @@ class RetryMath(TextEnv):
         if level == "4":
             a, b = pick(1, 20), pick(1, 20)
             return f"{a} + {b} = ?", a + b, CANDIDATES[level]
-        a = pick(5, 30)
-        b = pick(1, a)
-        return f"{a} - {b} = ?", a - b, CANDIDATES[level]
+        if level == "5":
+            a = pick(5, 30)
+            b = pick(1, a)
+            return f"{a} - {b} = ?", a - b, CANDIDATES[level]
+        x, thing = pick(1, len(NUMBERS)), THINGS[pick(0, len(THINGS) - 1)]
+        return f"{NUMBERS[x - 1]} {thing} = ?", x, CANDIDATES[level]
 
     def step(self, action: str):
         self.check_running()
@@ -130,13 +140,16 @@ class RetryMath(TextEnv):
     def render(self) -> str:
         return self.text
 
-    def demonstrate(self, rng, malformed: float = 0.03, first_right: float = 0.75,
+    def demonstrate(self, rng, malformed: float = 0.03, first_right: float | None = None,
                     repeat: float = 0.9, retry_right: float = 0.3) -> str:
         """An answer of a player that mostly knows, and mostly repeats itself when told it is wrong.
 
         Malformed with probability `malformed`; else the last answer again with `repeat`; else right
-        with `first_right`, or `retry_right` once it has answered; else a wrong one within 3 of it.
+        with `first_right` (None: as FIRST_RIGHT says), or `retry_right` once it has answered; else
+        a wrong one within 3 of it. So an imitator can read number words, but samples badly.
         """
+        if first_right is None:
+            first_right = FIRST_RIGHT.get(self.level, 0.75)
         given = [answer for answer in self.answers if answer is not None]
         low, high = self.candidates
         if rng.random() < malformed:

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-MOMENTS = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run"}
+MOMENTS = {"tokens": "at equal tokens", "end": "at the end", "area": "over the run",
+           "start": "before training"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Claim:
     arms: tuple[str, ...]
     says: str = ""  # the claim of the paper that the primary comparison decides on
     metric: str = "success"
-    at: str = "tokens"  # one of MOMENTS: equal tokens, the end of the runs, the mean over them
+    at: str = "tokens"  # one of MOMENTS; "start" of arms that differ in how they are played
     best: float = 1.0  # the metric of perfect play
     floor_is: str = "random play"  # whose metric results/floors.csv has
     baseline: str = ""  # the arm that has to learn; empty: the second
+    learns: str = ""  # the metric in which it has to; empty: `metric`
+    margin: float = 0.0  # how much worse the first arm may be: for a claim that nothing is lost
     # of each: what shows that the addition is at work; its value, from means of columns; the least
     mechanisms: tuple[tuple[str, Callable, float], ...] = ()
 
@@ -52,7 +55,7 @@ def collapse_and_cure(stress: str) -> tuple[tuple[str, Callable, float], ...]:
             ("steps that are scaled", of(f"{stress}_st_ppo", "scaled_steps"), 0.1))
 
 
-def gain_of_a_hop(regime: str, belief: str = "log_prob") -> Callable:
+def gain_of_a_hop(regime: str, belief: str) -> Callable:
     """IGPO's mean gain of a search that finds the next person (results/gains.csv)."""
     with open(Path(__file__).parent / "gains.csv", newline="") as file:
         [row] = [row for row in csv.DictReader(file)
@@ -67,7 +70,7 @@ ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of t
     "gigpo": ("GiGPO", "2505.10978v3", "a turn is also compared with the turns of its group that "
               "saw the same observation", "turn", "frozen lake"),
     "ufo": ("UFO", "2507.14295v2", "answer, be told only \"try again\", answer again; the reward "
-            "decays and repeats cost", "episode", "small maths problems"),
+            "decays and repeats cost", "episode", "number words, modular maths"),
     "turn_budget": ("turn budget", "", "each turn may think only so long in a short context; a "
                     "hypothesis, not a paper", "episode", "sums on pages"),
     "igpo": ("IGPO", "2510.14967v2", "a turn is rewarded by how much it raised the model's belief "
@@ -111,13 +114,15 @@ CLAIMS = {  # algo: name of the table: claim
             says="comparing turns that saw the same helps on the tool desk", at="end",
             mechanisms=(("turns with a partner", of("desk_gigpo", "anchored_turns"), 0.2),))},
     "ufo": {
-        "C1": Claim(
-            "answers allowed in training", "retry, 5 answers", ("retry_turns5", "retry_turns1"),
+        "A": Claim(
+            "within five answers", "words, 5 answers", ("words_turns5", "words_turns1"),
             says="training with five answers beats training with one, at answering five times"),
-        "C2": Claim(
-            "feedback, decay, penalty", "retry, 5 answers",
-            ("retry_turns5", "retry_no_penalty", "retry_blank", "retry_linear", "retry_constant"),
-            says="a penalty for repeated answers helps")},
+        "B": Claim(
+            "at the first answer", "words, 1 answer", ("words_turns5", "words_turns1"),
+            metric="success_at_1", margin=0.03,
+            says="training with five answers costs the first answer nothing (at most 0.03)"),
+        "C": Claim("penalty and decay", "words, 5 answers",
+                   ("words_turns5", "words_no_penalty", "words_constant"))},
     "turn_budget": {
         "A": Claim(
             "what closes a thought", "think",
@@ -130,17 +135,12 @@ CLAIMS = {  # algo: name of the table: claim
                        lambda mean: (mean("limit_none", "turn_limit_last")
                                      - mean("limit_dynamic", "turn_limit_last")), 1),))},
     "igpo": {
-        "C1": Claim(
-            "middle: 2 to 3 hops", "search",
-            ("middle_both", "middle_outcome", "middle_gain", "middle_prob"),
-            says="gain and outcome beat the outcome alone, where it is not rare",
-            mechanisms=(("mean gain of a right hop before the last", gain_of_a_hop("middle"), 0),)),
-        "C2": Claim(
-            "sparse: 3 hops, more noise", "search",
-            ("sparse_both", "sparse_outcome", "sparse_gain", "sparse_prob"),
-            says="gain and outcome beat the outcome alone, where it is rare",
-            mechanisms=(("mean gain of a right hop before the last", gain_of_a_hop("sparse"), 0),)),
-        "C3": Claim("hopeless: 4 hops", "search", ("hopeless_both", "hopeless_outcome"))},
+        "A": Claim(
+            "three people asked for at once", "three people",
+            ("parts_prob", "parts_outcome", "parts_gain", "parts_log_prob", "parts_joint"),
+            says="gain and outcome beat the outcome alone, where success is rare at first",
+            mechanisms=(("mean gain of a right search before the last",
+                         gain_of_a_hop("parts", "prob"), 0),))},
     "tree_grpo": {
         "A": Claim(
             "trees or chains (all tokens)", "search",
@@ -234,7 +234,7 @@ CLAIMS = {  # algo: name of the table: claim
 DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
     ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
     ("gigpo", "lake_gigpo", "Frozen Lake (default)"),
-    ("ufo", "retry_turns5", "retry math (default)"),
+    ("ufo", "words_turns5", "number words, modular maths (default)"),
     ("turn_budget", "think_turn", "think search (default)"),
     ("igpo", "middle_both", "search, 2 to 3 hops (default)"),
     ("tree_grpo", "tree_top50", "search, 2 to 3 hops (default)"),

@@ -59,7 +59,7 @@ def credit_of_all() -> dict[str, tuple[Tensor, str]]:
     add("GiGPO", credit, "and with turns that saw the same; turn 3 saw what no other did")
 
     args = ufo.Args()  # every turn counts as one more answer
-    decayed = ufo.decayed_success(SCORES > 0, NUM_TURNS.float(), args.decay, args.decay_base)
+    decayed = ufo.decayed_success(SCORES > 0, NUM_TURNS.float(), args.decay_base)
     relative = ufo.group_relative_advantages(decayed, GROUP)
     add("UFO", torch.where(TURN_MASK, relative[:, None], 0.0),
         "a late success is worth less: 1/8, a sibling 1/4")

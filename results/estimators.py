@@ -267,7 +267,7 @@ def gigpo_credit(b: Batches, scale: str) -> Tensor:
 def ufo_credit(b: Batches) -> Tensor:
     """Every turn is an answer that differs from those before; the last one is right or not."""
     args, right = ufo.Args(), b.rewards[b.last] > 0
-    scores = ufo.decayed_success(right, b.mask.sum(1).double(), args.decay, args.decay_base)
+    scores = ufo.decayed_success(right, b.mask.sum(1).double(), args.decay_base)
     return of_episodes(ufo.group_relative_advantages(scores, b.group), b)
 
 

@@ -32,6 +32,12 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def other_metrics(algo: str) -> list[str]:
+    """What the claims of an algorithm look at besides success and return."""
+    named = {name for it in CLAIMS.get(algo, {}).values() for name in (it.metric, it.learns)}
+    return sorted(named - {"success", "return", ""})
+
+
 def collect(folder: Path, algo: str):
     """Put finished runs into results/<algo>.csv and <algo>_curves.csv."""
     rows, curves, drift = [], [], []
@@ -46,12 +52,17 @@ def collect(folder: Path, algo: str):
                            "generated_tokens": row["generated_tokens"] or 0,
                            "seconds": row["seconds"],
                            "success": row["eval_success"], "return": row["eval_return"],
+                           **{name: row[f"eval_{name}"] for name in other_metrics(algo)},
                            **{name: row[name] for name in CURVES.get(algo, ())}})
         drift += [{"arm": arm, "seed": seed, "iteration": row["iteration"],
                    **{name: row[name] for name in DIAGNOSTICS[algo]}}
                   for row in metrics[1:] if algo in DIAGNOSTICS and row["optimizer_steps"] != "0"]
         areas = {f"{name}_area": np.mean([float(row[f"eval_{name}"]) for row in evals])
                  for name in ("success", "return")}
+        for name in other_metrics(algo):
+            values = [float(row[f"eval_{name}"]) for row in evals]
+            areas |= {f"{name}_start": values[0], f"{name}_end": values[-1],
+                      f"{name}_area": np.mean(values)}
         extra = {}
         for name, (when, _) in EXTRA.get(algo, {}).items():
             column_name = name.removeprefix("first_")
@@ -186,14 +197,15 @@ def judged(algo: str, claim: str) -> tuple[np.ndarray, list[judge.Check], str]:
     it = CLAIMS[algo][claim]
     rows, _, values = read_claim(algo, claim)
     [floor] = [row for row in read(ROOT / "results/floors.csv") if row["game"] == it.game]
-    baseline = it.baseline or it.arms[1]
-    start, end = (column(rows, baseline, f"{it.metric}_{name}") for name in ("start", "end"))
-    checks = judge.regime(values[it.arms[0]]["start"], end - start, float(floor[it.metric]),
-                          it.best, f"`{baseline}`", it.floor_is)
+    baseline, learns = it.baseline or it.arms[1], it.learns or it.metric
+    start, end = (column(rows, baseline, f"{learns}_{name}") for name in ("start", "end"))
+    least = float(floor.get(it.metric, floor["success"]))
+    checks = judge.regime(values[it.arms[0]]["start"], end - start, least, it.best,
+                          f"`{baseline}`" + f", {it.learns}," * bool(it.learns), it.floor_is)
     for words, value, least in it.mechanisms:
         checks.append(judge.acts(words, value(lambda *name: column(rows, *name).mean()), least))
     differences = difference(algo, claim, *it.arms[:2], it.at)
-    return differences, checks, judge.verdict(differences, checks)
+    return differences, checks, judge.verdict(differences + it.margin, checks)
 
 
 def of_seeds(differences: np.ndarray) -> str:
@@ -205,7 +217,8 @@ def claim_table(algo: str, claim: str) -> str:
     it = CLAIMS[algo][claim]
     arms = it.arms
     rows, _, values = read_claim(algo, claim)
-    heads = {"start": f"{it.metric} at start", "end": "at the end", "area": "mean over the run"}
+    heads = {"start": f"{it.metric.replace('_', ' ')} at start", "end": "at the end",
+             "area": "mean over the run"}
     extra = {name: head for name, (_, head) in EXTRA.get(algo, {}).items() if head}
     names = ["arm", "seeds", *heads.values(), *extra.values(), "optimizer steps",
              "generated tokens", "seconds"]
@@ -223,7 +236,8 @@ def claim_table(algo: str, claim: str) -> str:
         low, high = judge.interval(differences)
         lines.append(
             f"\nPrimary: {it.says}. `{arms[0]}` minus `{arms[1]}` {MOMENTS[it.at]} "
-            f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], {of_seeds(differences)}: "
+            f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+            + f" (margin {it.margin:g})" * bool(it.margin) + f", {of_seeds(differences)}: "
             f"**{outcome}**. Checks: " + "; ".join(map(str, checks)) + ".")
     lines.append(f"\n{'Secondary differences' if it.says else 'Differences'} [95 % interval]:\n")
     pairs = [(arms[0], arm) for arm in arms[1:]]
@@ -231,13 +245,16 @@ def claim_table(algo: str, claim: str) -> str:
     for first, second in pairs:
         parts = []
         for moment, words in MOMENTS.items():
+            if (moment == "start") != (it.at == "start"):
+                continue
             differences = difference(algo, claim, first, second, moment)
             primary = it.says and (first, second) == arms[:2] and moment == it.at
             if differences is not None and not primary:
                 low, high = judge.interval(differences)
                 count = len(differences)
                 parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"- `{first}` minus `{second}` ({count} seeds): " + "; ".join(parts))
+        if parts:
+            lines.append(f"- `{first}` minus `{second}` ({count} seeds): " + "; ".join(parts))
     return "\n".join(lines)
 
 
@@ -253,8 +270,9 @@ def verdicts_table() -> str:
                 lines.append("| " + " | ".join([
                     ALGORITHMS[algo][0], f"{it.says} ([{name}]({algo}.md#{name.lower()}))",
                     f"**{outcome}**",
-                    f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric} {MOMENTS[it.at]}: "
-                    f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
+                    f"`{it.arms[0]}` minus `{it.arms[1]}`, {it.metric.replace('_', ' ')} "
+                    f"{MOMENTS[it.at]}: {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+                    + f", margin {it.margin:g}" * bool(it.margin),
                     of_seeds(differences), "; ".join(map(str, checks))]) + " |")
     return "\n".join(lines)
 
@@ -319,7 +337,12 @@ def equal_tokens_table(algo: str, claim: str) -> str:
         cells = [f"{x.mean():.3g} ± {x.std(ddof=1):.2g}" for x in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for arm in arms[1:]:
-        intervals = [judge.interval(a - b) for a, b in zip(at[arms[0]], at[arm], strict=True)]
+        seeds = {row["seed"] for row in rows if row["arm"] == arm}  # those that both arms have
+        seeds &= {row["seed"] for row in rows if row["arm"] == arms[0]}
+        shared = [row for row in curves if row["seed"] in seeds]
+        intervals = [judge.interval(at_tokens(shared, arms[0], name, tokens)
+                                    - at_tokens(shared, arm, name, tokens))
+                     for name in CURVES[algo]]
         lines.append(f"| `{arms[0]}` minus `{arm}` | " + " | ".join(
             f"[{low:+.3g}, {high:+.3g}]" for low, high in intervals) + " |")
     return "\n".join(lines)
@@ -346,9 +369,9 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
             grid = np.linspace(0, min(x[-1] for x, _ in runs), min(len(x) for x, _ in runs))
             axis.plot(grid, np.mean([np.interp(grid, *run) for run in runs], 0), f"C{color}o-",
                       markersize=3, label=arm.split("_", 1)[1])
-        axis.set(title=claim.title, ylabel=f"held-out {claim.metric}",
+        axis.set(title=claim.title, ylabel=f"held-out {claim.metric.replace('_', ' ')}",
                  xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
-        if claim.metric == "success":
+        if claim.metric.startswith("success"):
             axis.set_ylim(0, 1)
         axis.legend(title="mean (thin: each seed)", fontsize=8, title_fontsize=8)
     figure.savefig(ROOT / f"docs/figures/{algo}.png", dpi=120)
@@ -373,9 +396,11 @@ def default_runs() -> dict[str, dict[str, str]]:
 
 def first_run() -> str:
     """What README says of its second command."""
-    return ("It takes about {minutes} minutes on {cores} CPU cores. Success on maps that were not "
+    run = default_runs()["ms_grpo"]
+    unit = "minute" if run["minutes"] == "1" else "minutes"
+    return ("It takes about {minutes} {unit} on {cores} CPU cores. Success on maps that were not "
             "used in training\nrises from {success_start} to {success_end}.").format(
-                **default_runs()["ms_grpo"])
+                **run, unit=unit)
 
 
 def algorithms_table() -> str:
@@ -789,10 +814,11 @@ if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
         collect(runs, algo)
-        for claim in claims:
+        for claim, it in claims.items():
             page = ROOT / f"docs/{algo}.md"
             replace_block(page, claim, claim_table(algo, claim))
-            if algo in CURVES:
+            first = next(name for name in claims if claims[name].arms == it.arms)
+            if algo in CURVES and claim == first:  # of the same arms one table is enough
                 replace_block(page, f"{claim} at equal tokens", equal_tokens_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
     for name, arms in LADDERS.items():

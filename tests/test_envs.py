@@ -34,7 +34,7 @@ VARIANTS = [
     lambda: SearchQA(format_penalty=1.0, extra_turns=1),
     lambda: SearchQA("hopeless", num_relations=8, format_penalty=1.0, extra_turns=1, premature=0.0),
     lambda: RetryMath(format_penalty=1.0), lambda: ThinkSearch(format_penalty=1.0),
-    lambda: RetryMath("12345", 3, "unary-reward", show_answers_left=True, format_penalty=1.0),
+    lambda: RetryMath("123456", 3, "unary-reward", show_answers_left=True, format_penalty=1.0),
     lambda: ThinkSearch("turns", max_turns=5, format_penalty=1.0),
     lambda: SearchQA("parts", format_penalty=1.0, extra_turns=1),
     lambda: GuessNumber(format_penalty=1.0), lambda: GuessNumber(64, 6, format_penalty=1.0),
@@ -148,7 +148,7 @@ def test_a_deep_copy_is_a_fork(make):
     (Trust, {"rounds": 1}, "at least 2"),
     (Maze, {"layout": "spiral"}, "double_t, lake"), (Maze, {"max_turns": 0}, "at least 1"), (Maze, {"noise": 2.0}, "noise 2.0"),
     *[(RetryMath, wrong, next(iter(wrong))) for wrong in (
-        {"levels": ""}, {"levels": "6"}, {"levels": "1 2"}, {"feedback": "loud"}, {"feedback": ""}, {"max_answers": 0})],
+        {"levels": ""}, {"levels": "7"}, {"levels": "1 2"}, {"feedback": "loud"}, {"feedback": ""}, {"max_answers": 0})],
     *[(ThinkSearch, wrong, "regime|hops in .* turns") for wrong in (
         {"regime": "actions"}, {"min_hops": 0}, {"min_hops": 5}, {"max_hops": 3}, {"max_turns": 3}, {"regime": "turns", "max_turns": 2})],
     (ToolDesk, {"num_requests": 0}, "1 <= requests <= orders <= 8"), (ToolDesk, {"num_requests": 4}, "num_requests 4, num_orders 3"),

@@ -45,17 +45,20 @@ def advantages_of(gains, outcomes, discount=1.0, source="both"):
     return turn_returns(rewards, mask, discount)
 
 
-def paper_advantages(beliefs, outcomes, group, discount, source="both"):
-    """Equations 4 to 6 of the paper as loops over episodes and turns."""
+def paper_advantages(beliefs, outcomes, group, discount, source="both", joint=False):
+    """Equations 4 to 6 of the paper as loops over episodes and turns; joint: with the one pool of its version 1."""
     def z(x, pool):
         return (x - np.mean(pool)) / (np.std(pool) + 1e-6) if np.ptp(pool) > 1e-6 else 0.0
     advantages = []
     for e in range(len(beliefs)):
         members = [i for i in range(len(beliefs)) if group[i] == group[e]]
         gains = [beliefs[i][k + 1] - beliefs[i][k] for i in members for k in range(len(beliefs[i]) - 1)]
+        ends = [outcomes[i] for i in members]
+        if joint:
+            gains = ends = gains + ends
         rewards = [0.0 if source == "outcome" else z(after - before, gains)
                    for before, after in itertools.pairwise(beliefs[e])]
-        rewards.append(0.0 if source == "information_gain" else z(outcomes[e], [outcomes[i] for i in members]))
+        rewards.append(0.0 if source == "information_gain" else z(outcomes[e], ends))
         advantages.append([sum(discount ** (j - k) * rewards[j] for j in range(k, len(rewards)))
                            for k in range(len(rewards))])
     return advantages
@@ -83,8 +86,9 @@ def test_a_right_first_search_may_lower_the_belief_and_discounting_punishes_it()
     close(turn_returns(rewards, mask, 0.5), [[-0.7546, 0.9745, 2.2594, 1.4142], [-0.7071], [-0.5088, -0.7071]])
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("source", ["both", "outcome", "information_gain"])
-def test_advantages_equal_a_loop_from_the_paper(source):
+def test_advantages_equal_a_loop_from_the_paper(source, joint):
     rng = np.random.default_rng(0)
     for _ in range(10):
         group = rng.integers(3, size=12)
@@ -92,8 +96,15 @@ def test_advantages_equal_a_loop_from_the_paper(source):
         outcomes = rng.integers(2, size=12).astype(np.float32)
         values, mask = table(beliefs)
         rewards = turn_rewards(information_gain(values, mask), torch.tensor(outcomes), mask,
-                               torch.tensor(group), source)
-        close(turn_returns(rewards, mask, 0.9), paper_advantages(beliefs, outcomes, group, 0.9, source))
+                               torch.tensor(group), source, joint)
+        close(turn_returns(rewards, mask, 0.9), paper_advantages(beliefs, outcomes, group, 0.9, source, joint))
+
+
+def test_one_z_score_for_both_parts_by_hand():
+    """Gains 3, 1 and outcomes 0, 0: their mean is 1, their std sqrt(1.5). Going on paid both episodes, and both are told so."""
+    gains, mask = table([[3.0, math.nan], [1.0, math.nan]])
+    close(turn_rewards(gains, torch.zeros(2), mask, torch.zeros(2), joint=True),
+          [[1.63299, -0.81650], [0.0, -0.81650]])
 
 
 @pytest.mark.parametrize("gains,source", [

@@ -11,6 +11,7 @@ import torch
 import policies
 from algos import igpo, ms_grpo, turn_budget
 from policies import load_policy, parse_args
+from rollouts import make_envs
 from test_cli import SCRIPTS, only_run, quick, rows_of, weights
 
 YES = {"env_id": "words:tests/YesOrNo-v0", "env_kwargs": "{}", "max_turn_tokens": 5, "warm_start_learning_rate": 5e-3}
@@ -38,6 +39,14 @@ def test_only_the_demonstrated_actions_are_imitated(tmp_path, chat_folder, monke
             trained = policy.tokenizer.decode(tokens[turn_id >= 0])
             assert set(trained.split(policy.tokenizer.decode([policy.end_id]))) <= {"yes", "no", ""} and trained
     assert policy.head.ids
+
+
+@pytest.mark.parametrize("model, steps, shown, played", [
+    ("tiny", 2, None, 128), ("tiny", 2, 7, 7), ("chat", 2, None, 32), ("chat", 2, 7, 7), ("chat", 9, None, 128)])
+def test_so_many_episodes_are_imitated(model, steps, shown, played, tmp_path):
+    """A chat model has 16 rows in a step and is shown no more than it reads. 128: conftest.py's default."""
+    args = quick(tmp_path, **YES, model=model, warm_start_steps=steps, warm_start_episodes=shown)
+    assert len(policies.play_demonstrations(args, make_envs(args, 1)[0])) == played
 
 
 def test_a_warm_start_is_made_once_for_a_model_a_game_and_its_settings(tmp_path, chat_folder, monkeypatch, capsys):

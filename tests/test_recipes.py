@@ -150,7 +150,7 @@ class Game(TextEnv):
     answer_template = "{answer}"
     hops = [("Ada", "boss"), ("Ben", "friend")]
 
-    def __init__(self, max_answers=4, feedback="unary", quiet=False, **kwargs):
+    def __init__(self, max_answers=4, quiet=False, **kwargs):
         super().__init__(**kwargs)
         self.max_turns, self.quiet = max_answers, quiet
 

@@ -76,7 +76,7 @@ def test_information_about_the_range_is_about_the_problem():
 @pytest.mark.parametrize("feedback,text", [
     ("unary", TRY_AGAIN), ("blank", ""), ("unary-reward", f"Reward: 0.0\n{TRY_AGAIN}")])
 def test_feedback_is_the_same_whatever_was_wrong(feedback, text):
-    for level in "12345":
+    for level in "123456":
         env = RetryMath(levels=level, max_answers=50, feedback=feedback)
         env.reset(seed=3)
         wrong = [n for n in range(-3, 43) if n != env.answer]
@@ -144,7 +144,7 @@ def problems(level):
 
 @pytest.fixture(scope="module")
 def all_problems():
-    return {level: problems(level) for level in "12345"}
+    return {level: problems(level) for level in "123456"}
 
 
 def held_out(text):
@@ -164,6 +164,11 @@ def solutions(text):
         a, b, mod, c = map(int, m.groups())
         assert mod in (5, 7) and c < mod
         return [x for x in range(mod) if (a * x + b - c) % mod == 0], (0, mod - 1)
+    if m := re.fullmatch(r"([a-z]+) [a-z]+s = \?", text):
+        words = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+                 "eleven": 11, "twelve": 12, "twenty": 20} | dict(zip(
+                     ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"), range(13, 20), strict=True))
+        return [words[m[1]]], (1, 20)
     a, sign, b = re.fullmatch(r"(\d+) ([+-]) (\d+) = \?", text).groups()
     if sign == "+":
         return [x for x in range(2, 41) if x == int(a) + int(b)], (2, 40)
@@ -175,11 +180,11 @@ def test_every_problem_has_exactly_one_solution(all_problems):
         for text, ((answer, candidates), _) in found.items():
             assert solutions(text) == ([answer], candidates), (level, text)
     counts = {level: (len(found), sum(map(held_out, found))) for level, found in all_problems.items()}
-    assert counts == {"1": (448, 95), "2": (360, 73), "3": (394, 86), "4": (400, 77), "5": (455, 104)}
+    assert counts == {"1": (448, 95), "2": (360, 73), "3": (394, 86), "4": (400, 77), "5": (455, 104), "6": (240, 48)}
 
 
 def test_the_sides_of_the_split_share_no_problem_and_levels_are_equally_likely():
-    env, texts = RetryMath(levels="12345"), {}
+    env, texts = RetryMath(levels="123456"), {}
     for first in (0, EVALUATION_SEEDS):
         levels, texts[first] = Counter(), set()
         for seed in range(first, first + 5000):
@@ -189,7 +194,7 @@ def test_the_sides_of_the_split_share_no_problem_and_levels_are_equally_likely()
             problem = text.removeprefix("Problem: ")
             assert solutions(problem)[0] == [int(info["answer"])]
             assert held_out(problem) == (first > 0)
-        assert all(abs(levels[level] / 5000 - 0.2) < 0.03 for level in range(1, 6))
+        assert all(abs(levels[level] / 5000 - 1 / 6) < 0.03 for level in range(1, 7))
     assert not texts[0] & texts[EVALUATION_SEEDS]
     assert RetryMath().reset(seed=EVALUATION_SEEDS - 1)[0] not in texts[EVALUATION_SEEDS]
 
@@ -202,7 +207,7 @@ def test_later_problems_stay_on_the_side_of_the_seed_and_levels_are_the_chosen_o
         assert len(set(later)) > 20
         assert set(map(held_out, later)) == {seed >= EVALUATION_SEEDS}
     assert {RetryMath(levels="4").reset(seed=s)[1]["level"] for s in range(20)} == {4}
-    assert {RetryMath().reset(seed=s)[1]["level"] for s in range(20)} == {1, 2, 3}
+    assert {RetryMath().reset(seed=s)[1]["level"] for s in range(20)} == {1, 6}
 
 
 # --- scripted players ----------------------------------------------------------------------------
@@ -214,7 +219,7 @@ def test_guessing_without_repeats_on_held_out_problems(all_problems):
         sizes, chances = np.array(rows).T
         solved[level] = [np.average(np.minimum(k / sizes, 1), weights=chances) for k in (1, 5)]
     assert [five for _, five in solved.values()] == pytest.approx(
-        [0.817084, 0.555556, 0.829118, 0.128205, 0.166667], abs=1e-6)
+        [0.817084, 0.555556, 0.829118, 0.128205, 0.166667, 0.25], abs=1e-6)
     assert np.mean([solved[level] for level in "123"], axis=0) == pytest.approx([0.153217, 0.733919], abs=1e-6)
 
 
@@ -266,6 +271,14 @@ def test_before_a_readable_answer_the_scripted_player_knows_as_much_as_at_first(
     assert share_right("0", repeat=0.0, retry_right=1.0) == share_right(first_right=1.0) == 1
     env.answers = ["6", "0", None]
     assert {env.demonstrate(rng, malformed=0.0, repeat=1.0) for _ in range(20)} == {say(0)}, "the last readable one"
+
+
+def test_the_scripted_player_reads_number_words_and_answers_badly():
+    rng = np.random.default_rng(4)
+    for level, share in (("6", 0.3), ("1", 0.75)):
+        env = RetryMath(levels=level, max_answers=1)
+        right = [env.step(env.demonstrate(rng, malformed=0.0))[4]["success"] for seed in range(4000) if env.reset(seed=seed)]
+        assert np.mean(right) == pytest.approx(share, abs=0.03)
 
 
 def test_the_scripted_player_errs_within_three_and_inside_the_range():

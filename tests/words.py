@@ -20,7 +20,7 @@ class Words(TextEnv):
 
     answer_template = "{answer}"
 
-    def __init__(self, max_turns=6, max_answers=6, feedback="unary", **kwargs):
+    def __init__(self, max_turns=6, max_answers=6, **kwargs):
         super().__init__(**kwargs)
         self.max_turns = max_turns
 

@@ -28,7 +28,8 @@ def move(env, rng) -> str:
 
 
 def number(env, rng) -> str:
-    return f"<answer>{rng.integers(10)}</answer>"  # all answers of levels 1 to 3
+    low, high = env.candidates if env.level == "6" else (0, 9)  # those of levels 1 to 3
+    return f"<answer>{rng.integers(low, high + 1)}</answer>"
 
 
 def page(env, rng) -> str:
@@ -62,12 +63,14 @@ GAMES = {  # name: environment, settings, what it does
     "lake": ("turnrl/FrozenLake-v0", {}, move),
     "large lake": ("turnrl/FrozenLake-v0", {"size": 6, "max_turns": 16}, move),
     "snake": ("turnrl/Snake-v0", {}, move),
-    "retry, 1 answer": ("turnrl/RetryMath-v0", {"max_answers": 1}, number),
-    "retry, 5 answers": ("turnrl/RetryMath-v0", {}, number),
+    "retry, 1 answer": ("turnrl/RetryMath-v0", {"levels": "123", "max_answers": 1}, number),
+    "retry, 5 answers": ("turnrl/RetryMath-v0", {"levels": "123"}, number),
+    "words, 1 answer": ("turnrl/RetryMath-v0", {"max_answers": 1}, number),
+    "words, 5 answers": ("turnrl/RetryMath-v0", {}, number),
     "think": ("turnrl/ThinkSearch-v0", {}, page),
     "turns": ("turnrl/ThinkSearch-v0", {"regime": "turns"}, page),
     "search": ("turnrl/SearchQA-v0", {}, search_or_answer),
-    "parts": ("turnrl/SearchQA-v0", {"regime": "parts"}, search_or_answer),
+    "three people": ("turnrl/SearchQA-v0", {"regime": "parts"}, search_or_answer),
     "desk": ("turnrl/ToolDesk-v0", {}, command),
     "objects": ("turnrl/TwentyQuestions-v0", {}, question),
     "maze": ("turnrl/Maze-v0", {}, move),

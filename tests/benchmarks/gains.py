@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gains.py [--seeds 3] [--episodes 512]
 
-The start policy (warm start only) plays SearchQA; a turn is a hop that finds the next person, the last
-hop, which finds the answer, or a search that finds nothing new. Writes results/gains.csv.
+The start policy (warm start only) of the arms middle_* and parts_* plays SearchQA; a turn is a hop
+that finds the next person, the last hop, which finds the answer, or a search that finds nothing new. Writes results/gains.csv.
 """
 
 import collections
@@ -24,6 +24,10 @@ from policies import load_policy
 from rollouts import collect_groups, make_envs
 from utils import turn_table
 
+REGIMES = {  # name: settings of the environment, steps and episodes of the warm start
+    "middle": ({}, None, None),
+    "parts": ({"regime": "parts", "wrong": 0.2, "premature": 0.2}, 550, 8192)}
+
 
 @dataclasses.dataclass
 class Options:
@@ -34,10 +38,11 @@ class Options:
 def main(options: Options):
     torch.set_num_threads(1)
     gains = collections.defaultdict(list)
-    for regime in ("middle", "sparse"):
+    for regime, (settings, steps, shown) in REGIMES.items():
         for seed in range(1, options.seeds + 1):
-            args = Args(seed=seed, env_kwargs=json.dumps({"regime": regime}), group_size=1,
-                        num_prompts=options.episodes)
+            args = Args(seed=seed, env_kwargs=json.dumps(settings), warm_start_steps=steps,
+                        warm_start_episodes=shown,
+                        group_size=1, num_prompts=options.episodes)
             policy = load_policy(args)
             episodes = collect_groups(policy, make_envs(args, options.episodes), args, 0)
             table, mask = turn_table(episodes, lambda turn: 0.0, policy.device)

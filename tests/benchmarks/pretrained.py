@@ -22,8 +22,8 @@ GAMES = {  # what is played, and how long an answer may be
                "--max-turn-tokens", "16"],
     "guess_number": ["--env-id", "turnrl/GuessNumber-v0", "--env-kwargs", '{"high": 64}',
                      "--max-turns", "6", "--max-turn-tokens", "8"],
-    "retry_maths": ["--env-id", "turnrl/RetryMath-v0", "--max-turns", "5",
-                    "--max-turn-tokens", "24"],
+    "retry_maths": ["--env-id", "turnrl/RetryMath-v0", "--env-kwargs", '{"levels": "123"}',
+                    "--max-turns", "5", "--max-turn-tokens", "24"],
     "sums": ["--env-id", "turnrl/RetryMath-v0", "--env-kwargs", '{"levels": "45"}',
              "--max-turns", "5", "--max-turn-tokens", "24"],
     "think_search": ["--env-id", "turnrl/ThinkSearch-v0", "--max-turn-tokens", "48"],
@@ -68,6 +68,10 @@ RUNS = {  # name: script, game, flags, seeds
     "search_seeupo": ("seeupo", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
     "number_seeupo": ("seeupo", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
     "number_turn_budget": ("turn_budget", "guess_number", ["--warm-start-steps", "30", *OTHER], (1,)),
+    "search_turn_budget": ("turn_budget", "search", ["--warm-start-steps", "40", *OTHER], (1,)),
+    "number_archer": ("archer", "guess_number", [  # its batches are drawn from a buffer
+        "--history-turns", "None", *NUMBER, "--num-prompts", "64", "--num-iterations", "9",
+        "--actor-warm-up", "4"], (1,)),
     "search_lora": ("ms_grpo", "search", [*GRPO, *SEARCH[:-1], "2e-4", "--lora-rank", "16"], (1,)),
 }
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/retry.py [runs/claims]
 
-Takes the last checkpoints of the arms retry_turns5 and retry_turns1 of run_all.sh and asks every held-out
+Takes the last checkpoints of the arms words_turns5 and words_turns1 of run_all.sh and asks every held-out
 problem N times for one answer, without any feedback. From those samples: right at once, right among k
 independent ones (Pass@k, the unbiased estimate 1 - C(n - c, k) / C(n, k)), and right among the first k
 different ones (repeated answers rejected). Writes results/retry.csv with one row per arm and seed, and
@@ -37,7 +37,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 def trained(folder: Path) -> dict[str, float]:
     args = Args(**json.loads((folder / "args.json").read_text())["args"])
-    policy = load_policy(dataclasses.replace(args, model=str(folder / "checkpoint")))
+    policy = load_policy(dataclasses.replace(args, model=str(folder / "checkpoint"), warm_start_steps=0))
     envs = make_envs(args, PROBLEMS, evaluation=True)
     submitted = [[] for _ in range(PROBLEMS)]
     for sample in range(SAMPLES):
@@ -74,7 +74,7 @@ def scripted() -> list[dict]:
 
 if __name__ == "__main__":
     runs, rows = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims"), scripted()
-    for summary in sorted(runs.glob("ufo/retry_turns[15]-*/*/summary.json")):
+    for summary in sorted(runs.glob("ufo/words_turns[15]-*/*/summary.json")):
         arm, seed = summary.parents[1].name.rsplit("-", 1)
         rows.append({"arm": arm, "seed": seed, **trained(summary.parent),
                      "with_feedback_5": json.loads(summary.read_text())["success_end"]})
