@@ -174,7 +174,8 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-FULL = {"print_samples": 1, "learning_rate": 3e-3, "warm_start_steps": 60} | WORDS
+FULL = {"print_samples": 1, "learning_rate": 3e-3, "warm_start_steps": 60, "warm_start_learning_rate": 1e-3,
+        "tiny_init_std": 0.02} | WORDS  # a start that is not sure, so that there is something to learn and to show
 
 
 @pytest.fixture(scope="module")

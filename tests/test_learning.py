@@ -11,7 +11,7 @@ SEARCH = SHORT | {"env_id": "turnrl/SearchQA-v0", "max_turn_tokens": 8}  # the c
 EXPECTED = {  # script: (iterations, other flags, least rise of success: about a third of what was seen)
     "ms_grpo": (10, SEARCH | {"history_turns": None}, 0.035),
     "gigpo": (10, SEARCH | {"history_turns": None}, 0.03),
-    "ufo": (6, SHORT | {"warm_start_steps": 60, "env_kwargs": '{"levels": "1"}'}, 0.025),
+    "ufo": (6, SHORT, 0.025),
     "turn_budget": (6, SHORT | {"cap": "none", "max_turns": 2, "context_limit": 40,
                                 "env_kwargs": '{"min_hops": 1, "max_hops": 2, "max_turns": 2}'}, 0.08),
     "igpo": (8, SEARCH, 0.025), "tree_grpo": (8, SEARCH, 0.04), "st_ppo": (20, SEARCH | {"learning_rate": 3e-4}, 0.08),

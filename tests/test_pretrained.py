@@ -110,8 +110,8 @@ def test_a_chat_model_has_other_defaults_and_flags_come_first(tmp_path, chat_fol
     def parsed(*flags, script=ms_grpo):
         monkeypatch.setattr(sys, "argv", ["ms_grpo.py", *flags])
         return parse_args(script.Args, "")
-    assert parsed() == parsed("--model", "tiny") == ms_grpo.Args(warm_start_steps=600)
-    assert policies.cloning_steps(ms_grpo.Args()) == 600 and policies.cloning_steps(ms_grpo.Args(model="a/b")) == 0
+    assert parsed() == parsed("--model", "tiny") == ms_grpo.Args(warm_start_steps=300)
+    assert policies.cloning_steps(ms_grpo.Args()) == 300 and policies.cloning_steps(ms_grpo.Args(model="a/b")) == 0
     chat = parsed("--model", chat_folder)
     changed = {f.name: getattr(chat, f.name) for f in dataclasses.fields(chat)
                if getattr(chat, f.name) != getattr(ms_grpo.Args(), f.name)}
