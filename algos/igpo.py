@@ -118,8 +118,8 @@ def turn_rewards(gains: Tensor, outcomes: Tensor, turn_mask: Tensor, group_id: T
     """The reward of every turn: the z-score of its gain, on the last turn of the outcome. Eq. 4, 5
 
     gains (E, K), outcomes (E,), turn_mask (E, K), group_id (E,) -> (E, K), 0 after the end. The
-    part that reward_source leaves out becomes 0 after the z-scores were taken. joint: one z-score
-    for both parts, so that a further turn pays what its gain is above the mean of both.
+    part that reward_source leaves out becomes 0 after the z-scores were taken. joint: gains and
+    outcomes share one z-score, as in version 1 of the paper.
 
     >>> gains = torch.tensor([[3.0, 0.0], [1.0, 0.0]])  # A: 3, then a wrong answer; B: 1, right
     >>> turn_rewards(gains, torch.tensor([0.0, 1.0]), torch.ones(2, 2).bool(), torch.zeros(2))

@@ -3,7 +3,8 @@
     python tests/benchmarks/gains.py [--seeds 3] [--episodes 512]
 
 The start policy (warm start only) of the arms middle_* and parts_* plays SearchQA; a turn is a hop
-that finds the next person, the last hop, which finds the answer, or a search that finds nothing new. Writes results/gains.csv.
+that finds the next person, the last hop, which finds the answer, or a search that finds nothing new.
+Writes results/gains.csv.
 """
 
 import collections
@@ -41,8 +42,7 @@ def main(options: Options):
     for regime, (settings, steps, shown) in REGIMES.items():
         for seed in range(1, options.seeds + 1):
             args = Args(seed=seed, env_kwargs=json.dumps(settings), warm_start_steps=steps,
-                        warm_start_episodes=shown,
-                        group_size=1, num_prompts=options.episodes)
+                        warm_start_episodes=shown, group_size=1, num_prompts=options.episodes)
             policy = load_policy(args)
             episodes = collect_groups(policy, make_envs(args, options.episodes), args, 0)
             table, mask = turn_table(episodes, lambda turn: 0.0, policy.device)
