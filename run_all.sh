@@ -218,39 +218,25 @@ run archer maze_monte_carlo --value-target monte_carlo
 run archer maze_one_critic --num-critics 1
 run archer maze_small_buffer --replay-turns 500
 run archer maze_ended --no-bootstrap-truncated
-# Cross table: every script in every environment it fits, from the same warm starts, until so many tokens are
-# generated; learning rates chosen on seed 11 (docs/log.md), which is not one of the table's seeds.
-with_seeds 3 4 5
-cross() {  # cross ENVIRONMENT "SCRIPT=LEARNING_RATE .." FLAGS..
+# Cross table: every script in every game it fits, with the whole history, from the same warm starts, until so many
+# tokens are generated. Learning rates chosen from 1e-4, 3e-4 and 1e-3 on seeds 11 and 12 (results/rates.csv).
+cross() {  # cross GAME "SCRIPT=LEARNING_RATE .." FLAGS..
     local pair flags
     for pair in $2; do
         flags=("${@:3}" --learning-rate "${pair#*=}" --num-iterations 2000 --eval-every 2000 --save-every 2000)
         case ${pair%=*} in
-            ms_grpo) flags+=(--history-turns None) ;;
-            turn_budget) flags+=(--max-turn-tokens 4) ;;  # its thoughts may have 8 more
+            ms_grpo) flags+=(--sampling all --history-turns None) ;;  # plain GRPO
+            gigpo) flags+=(--history-turns None) ;;
+            archer) flags+=(--history-turns None --num-prompts 64) ;;  # as many episodes as st_ppo
         esac
         ALGO=${pair%=*} run cross "$1_${pair%=*}" "${flags[@]}"
     done
 }
-weak=(--warm-start-learning-rate 1e-3 --tiny-init-std 0.02)
-strong=(--warm-start-learning-rate 2e-3 --tiny-init-std 0.1)
-cross desk "ms_grpo=3e-4 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4" "${strong[@]}" \
-    --env-id turnrl/ToolDesk-v0 --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 30000
-cross search "ms_grpo=3e-4 igpo=3e-4 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4" "${weak[@]}" \
-    --env-id turnrl/SearchQA-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 600 --max-generated-tokens 90000
-cross retry "ms_grpo=1e-4 ufo=2e-4 igpo=3e-4 tree_grpo=1e-4 st_ppo=3e-4 seeupo=3e-4" "${weak[@]}" \
-    --env-id turnrl/RetryMath-v0 --env-kwargs '{"levels": "123"}' --max-turns 5 --max-turn-tokens 9 --warm-start-steps 500 \
-    --eval-temperature 0.5 \
-    --max-generated-tokens 100000
-cross think "ms_grpo=1e-4 turn_budget=1.5e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=1e-4" "${weak[@]}" \
-    --env-id turnrl/ThinkSearch-v0 --max-turns 4 --max-turn-tokens 12 --warm-start-steps 500 \
-    --max-generated-tokens 120000
-cross guess "ms_grpo=1e-4 igpo=1e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-5" "${strong[@]}" \
-    --env-id turnrl/TwentyQuestions-v0 --max-turns 20 --max-turn-tokens 12 --warm-start-steps 150 \
-    --max-generated-tokens 80000
-cross lake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4" "${strong[@]}" \
-    --env-id turnrl/FrozenLake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
-cross snake "ms_grpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4" "${strong[@]}" \
-    --env-id turnrl/Snake-v0 --max-turns 8 --max-turn-tokens 8 --warm-start-steps 150 --max-generated-tokens 40000
+cross lake "ms_grpo=3e-4 gigpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-4 archer=3e-4" --env-id turnrl/FrozenLake-v0 \
+    --max-turns 8 --max-turn-tokens 8 --warm-start-steps 300 --max-generated-tokens 30000
+cross search "ms_grpo=3e-4 gigpo=3e-4 igpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-4 archer=3e-4" --env-id turnrl/SearchQA-v0 \
+    --max-turns 8 --max-turn-tokens 8 --warm-start-steps 300 --max-generated-tokens 40000
+cross desk "ms_grpo=3e-4 gigpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-4 archer=3e-4" --env-id turnrl/ToolDesk-v0 \
+    --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 25000
 finish
 if [ ${#quick[@]} = 0 ] && [ ! "$list" ]; then python results/report.py; fi
