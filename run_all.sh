@@ -100,17 +100,22 @@ run ufo words_turns1 --max-turns 1 --num-iterations 180 --eval-every 30
 with_seeds 1 2 3 4 5
 run ufo words_no_penalty --repetition-penalty 0
 run ufo words_constant --decay-base 1
-# Turn budgets: what closes a thought (A; think_turn is the default run), turn limits (B).
+# Turn budgets: what closes a thought, before training (A) and after it (B; think_turn is the default run); turn limits
+# before (C) and after training (D). Ten seeds for the primary comparisons. Learning rates chosen on seeds 11 and 12.
+with_seeds 1 2 3 4 5 6 7 8 9 10
 run turn_budget think_turn
 run turn_budget think_none --cap none
+with_seeds 1 2 3 4 5
+run turn_budget think_penalty --cap none --overrun-penalty 0.1
 run turn_budget think_episode --cap episode
-run turn_budget think_turn_drop --drop-thoughts
 run turn_budget think_none_drop --cap none --drop-thoughts
-turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --reminder
-       --start-percentile 25 --end-percentile 50 --num-iterations 24 --eval-every 8)
+with_seeds 1 2 3 4 5 6 7 8 9 10
+turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --reminder --warm-start-steps 400
+       --num-iterations 24 --eval-every 8)
 run turn_budget limit_none "${turns[@]}"
-run turn_budget limit_fixed "${turns[@]}" --turn-limit fixed
 run turn_budget limit_dynamic "${turns[@]}" --turn-limit dynamic
+with_seeds 1 2 3 4 5
+run turn_budget limit_fixed "${turns[@]}" --turn-limit fixed
 # IGPO: do gains help, where three people are asked for at once, so that success is rare at first, and the first
 # right searches already raise the belief (A)? middle_both is the default run. Ten seeds for the primary comparison,
 # whose learning rates were chosen on seeds 11 and 12 from 1e-4, 3e-4 and 1e-3 (results/rates.csv); the others have

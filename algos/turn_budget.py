@@ -12,7 +12,8 @@ allowance, the script appends the mark; the policy then goes on with the action.
     Eq. 2  a thought that is open after b_k tokens is closed; appended tokens are not trained
     Eq. 3  fixed limit   = floor(75th percentile of the turns of unrestricted episodes)
            dynamic limit = floor(50th percentile); when it is hit, extended once to the 75th
-    Eq. 4  A_k = (R - mean_group R) / (std_group R + 1e-6)    R = sum_k r_k, for every turn
+    Eq. 4  A_k = (R - mean_group R) / (std_group R + 1e-6)
+           R = sum_k (r_k - penalty [thought k is longer than thought_cap])
     Eq. 5  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + c entropy
 
     C  context_limit     used  tokens in the context     reserve  tokens of the mark and an action
@@ -61,18 +62,15 @@ class Args(RunArgs):
     max_turns: int = 4  # turns after which an episode is truncated, K
     max_turn_tokens: int = 4  # tokens of the action that follows a thought
     learning_rate: float = 1.5e-4  # of AdamW, constant
-    tiny_steps: ClassVar[int] = 500  # of the warm start, where the tiny model is trained
-    warm_start_learning_rate: float = 1e-3  # highest learning rate of these steps
-    tiny_init_std: float = 0.02  # standard deviation of the tiny model's first weights
+    tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
 
     # Algorithm specific arguments
     cap: Literal["none", "episode", "turn"] = "turn"  # on each thought, or on their sum, Eq. 1
     thought_cap: int = 8  # tokens of a thought, mark included; --cap episode: K times this for all
-    context_limit: int = 80  # tokens of the whole context, C in Eq. 1
+    context_limit: int = 112  # tokens of the whole context, C in Eq. 1
+    overrun_penalty: float = 0.0  # for a thought longer than thought_cap, Eq. 4; with --cap none
     drop_thoughts: bool = False  # show earlier turns without their thoughts
     turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # a limit below max_turns, Eq. 3
-    start_percentile: float = 50.0  # first limit of --turn-limit dynamic, Eq. 3
-    end_percentile: float = 75.0  # limit of fixed, and of dynamic after its extension, Eq. 3
     reminder: bool = False  # every observation ends with the number of turns left
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 5
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 5
@@ -198,6 +196,11 @@ class BudgetPolicy(Policy):
         action = turn.token_ids[thought_end(turn.token_ids, self.mark) :]
         return action or [end for end in turn.token_ids[-1:] if end in self.end_ids]
 
+    def reward(self, turn: Turn) -> float:
+        """The reward of a turn, less the penalty of a thought that is too long. Eq. 4"""
+        overrun = self.thought_length(turn) > self.args.thought_cap
+        return turn.reward - self.args.overrun_penalty * overrun
+
     def thought_length(self, turn: Turn) -> int:
         """How many tokens of a thought were sampled; an appended mark does not count."""
         end = thought_end(turn.token_ids, self.mark)
@@ -207,14 +210,13 @@ class BudgetPolicy(Policy):
 def turn_limits(turn_counts: list[int], args: Args) -> tuple[int, int]:
     """The turn limit when an episode starts, and the limit after an extension. Eq. 3
 
-    turn_counts: the turns of every unrestricted episode
+    turn_counts: the turns of every unrestricted episode, at least 1 each
 
-    >>> turn_limits([2, 3, 4, 8, 9], Args(turn_limit="dynamic"))  # percentiles 50 and 75
+    >>> turn_limits([2, 3, 4, 8, 9], Args(turn_limit="dynamic"))
     (4, 8)
     """
-    limits = np.percentile(turn_counts, [args.start_percentile, args.end_percentile])
-    start, end = np.floor(limits).clip(min=1).astype(int).tolist()
-    return (min(start, end), end) if args.turn_limit == "dynamic" else (end, end)
+    start, end = np.percentile(turn_counts, [50, 75]).astype(int).tolist()
+    return (start, end) if args.turn_limit == "dynamic" else (end, end)
 
 
 class TurnLimit(gym.Wrapper):
@@ -281,8 +283,6 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Te
 def main(args: Args) -> dict[str, float]:
     if args.group_size < 2:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
-    if max(args.start_percentile, args.end_percentile) > 100:
-        stop("--start-percentile and --end-percentile are at most 100")
     with Run(args, "turn_budget") as run:
         envs = [TurnLimit(env, args.max_turns, args.reminder) for env in make_envs(args)]
         run.eval_envs = [TurnLimit(env, args.max_turns, args.reminder) for env in run.eval_envs]
@@ -304,7 +304,7 @@ def main(args: Args) -> dict[str, float]:
             episodes = collect_groups(policy, envs, args, iteration)
 
             # 2. score
-            rewards, turn_mask = turn_table(episodes, lambda turn: turn.reward, policy.device)
+            rewards, turn_mask = turn_table(episodes, policy.reward, policy.device)
 
             # 3. advantages (E, K)
             group_id = torch.arange(len(episodes), device=policy.device) // args.group_size

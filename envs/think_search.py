@@ -31,7 +31,7 @@ and where you go. For "page 3 4 2", the partial sums are 3 2 4: sum 3 2 4 so go 
 
     def __init__(self, regime: str = "thoughts", min_hops: int | None = None,
                  max_hops: int | None = None, max_turns: int | None = None,
-                 look: float | None = None, max_passes: int = 4, format_penalty: float = 0.0,
+                 look: float | None = None, max_passes: int = 10, format_penalty: float = 0.0,
                  render_mode: str | None = None):
         super().__init__(render_mode)
         if regime not in REGIMES:

@@ -123,8 +123,8 @@ def test_regimes_and_what_a_reset_shows(regime):
 
 
 # --- the scripted player -------------------------------------------------------------------------
-def test_the_scripted_player_names_the_right_page_and_thinks_one_to_four_times():
-    """1,200 turns: each number of passes within 5 sigma of a quarter."""
+def test_the_scripted_player_names_the_right_page_and_thinks_one_to_ten_times():
+    """1,200 turns: each number of passes within 5 sigma of a tenth."""
     env, rng, passes = ThinkSearch(), np.random.default_rng(0), []
     for episode in demonstrations(env, list(range(300)), 4, rng):
         assert episode.success and len(episode.turns) == 4 and episode.total_reward == 1.0
@@ -134,9 +134,9 @@ def test_the_scripted_player_names_the_right_page_and_thinks_one_to_four_times()
             thought, _, command = turn.action.partition(" so ")
             passes.append(len(thought.split()) // 4)
             assert thought == " ".join([once] * passes[-1]) and command == f"go {(a + b + c) % 5}"
-    counts = np.bincount(passes, minlength=5)
-    assert counts[0] == 0 and len(counts) == 5 and counts.sum() == 1200
-    assert np.abs(counts[1:] / 1200 - 0.25).max() < 5 * (0.1875 / 1200) ** 0.5
+    counts = np.bincount(passes, minlength=11)
+    assert counts[0] == 0 and len(counts) == 11 and counts.sum() == 1200
+    assert np.abs(counts[1:] / 1200 - 0.1).max() < 5 * (0.09 / 1200) ** 0.5
     single = demonstrations(ThinkSearch(max_passes=1), list(range(20)), 4, rng)
     assert all(len(turn.action.split()) == 7 for episode in single for turn in episode.turns)
 

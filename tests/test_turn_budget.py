@@ -72,14 +72,12 @@ def test_appended_tokens_by_hand(tokens, allowance, mark, answer, put):
 
 
 # --- Eq. 3: turn limits --------------------------------------------------------------------------
-@pytest.mark.parametrize("counts,start,end,fixed,dynamic", [
-    ([80, 70, 60, 50, 40, 30, 20, 10], 50, 75, 62, (45, 62)),  # percentiles 45 and 62.5
-    ([0, 0, 1], 50, 50, 1, (1, 1)), ([1, 1, 2, 2], 50, 75, 2, (1, 2)), ([10, 20, 30], 90, 50, 20, (20, 20))])
-def test_turn_limits_by_hand(counts, start, end, fixed, dynamic):
-    """At least 1; the first limit is never beyond that of the extension."""
-    flags = {"start_percentile": start, "end_percentile": end}
-    assert turn_limits(counts, Args(turn_limit="fixed", **flags)) == (fixed, fixed)
-    assert turn_limits(counts, Args(turn_limit="dynamic", **flags)) == dynamic
+@pytest.mark.parametrize("counts,median,quartile", [
+    ([80, 70, 60, 50, 40, 30, 20, 10], 45, 62),  # percentiles 45 and 62.5
+    ([1, 1, 2, 2], 1, 2), ([3, 3, 3], 3, 3)])
+def test_turn_limits_by_hand(counts, median, quartile):
+    assert turn_limits(counts, Args(turn_limit="fixed")) == (quartile, quartile)
+    assert turn_limits(counts, Args(turn_limit="dynamic")) == (median, quartile)
 
 
 class Needs(TextEnv):
@@ -425,17 +423,40 @@ def test_a_run_trains_on_and_logs_what_a_slow_loop_says(tmp_path, calls, monkeyp
         assert rows[1][f"{name}_history_cost"] == pytest.approx(cost)
 
 
+def test_an_overrun_costs_by_hand(searcher):
+    """Thoughts 3, 5 | 0, 3, 1 with a cap of 3: only the second is longer, and it costs its episode 0.25."""
+    policy = budget_policy(searcher, cap="none", thought_cap=3, overrun_penalty=0.25)
+    rewards = [[policy.reward(turn) - turn.reward for turn in e.turns] for e in hand_made(policy, False)]
+    assert rewards == [[0, -0.25], [0, 0, 0]]
+
+
+def test_a_run_is_trained_on_what_is_left_after_overruns(tmp_path, calls):
+    flags = QUICK | {"cap": "none", "thought_cap": 3, "overrun_penalty": 0.5}
+    main(Args(**flags, run_dir=str(tmp_path)))
+    [((policy, *_), episodes)] = calls["collect_groups"]
+    late = [sum(policy.thought_length(turn) > 3 for turn in e.turns) for e in episodes]
+    assert len(set(late)) > 1
+    returns = [sum(turn.reward for turn in e.turns) - 0.5 * n for e, n in zip(episodes, late, strict=True)]
+    returns = np.array(returns).reshape(4, 3)
+    spread = returns.std(axis=1, ddof=1, keepdims=True)
+    advantages = ((returns - returns.mean(axis=1, keepdims=True)) / (spread + 1e-6)).flatten()
+    for part, batch in enumerate(batch for (_, _, batch, _), _ in calls["update"]):
+        expected = [advantages[i] for i, e in enumerate(episodes) if i // 3 % 2 == part
+                    for turn in e.turns for _ in range(turn.num_sampled)]
+        assert batch["advantages"][batch["turn_id"] >= 0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_turn_limits_come_from_a_pilot_and_stay(tmp_path, calls):
     """Of all its episodes, failures too; the same in evaluations and on resume. Every prompt tells the limit."""
     flags = QUICK | {"env_kwargs": '{"max_turns": 12}', "max_turns": 12, "context_limit": 320, "thought_cap": 3,
-                     "turn_limit": "dynamic", "start_percentile": 20.0, "end_percentile": 60.0, "reminder": True}
+                     "turn_limit": "dynamic", "reminder": True}
     main(Args(**flags, run_dir=str(tmp_path)))
     [folder] = tmp_path.glob("*")
     main(Args(**(flags | {"num_iterations": 2}), run_dir=str(tmp_path), resume=str(folder)))
     assert [iteration for (*_, iteration), _ in calls["collect_groups"]] == [2**40, 0, 2**40, 1]
     pilot, one, _, two = (played for _, played in calls["collect_groups"])
     assert {e.turns[0].observation.split(" ", 2)[2] for e in pilot} == {"left 12"}
-    first, last = (int(np.percentile([len(e.turns) for e in pilot], percentile)) for percentile in (20, 60))
+    first, last = (int(np.percentile([len(e.turns) for e in pilot], percentile)) for percentile in (50, 75))
     assert first < last < 12 and len(calls["evaluate"]) == 3
     for episode in one + two + [e for _, (_, played) in calls["evaluate"] for e in played]:
         assert episode.turns[0].observation.endswith(f" left {first}")
@@ -444,8 +465,7 @@ def test_turn_limits_come_from_a_pilot_and_stay(tmp_path, calls):
 
 
 @pytest.mark.parametrize("flags,needle", [
-    ({"group_size": 1}, "--group-size"), ({"context_limit": 8}, "too much to answer in a context of 8 tokens"),
-    ({"end_percentile": 101.0}, "--end-percentile"), ({"start_percentile": 101.0}, "--start-percentile")])
+    ({"group_size": 1}, "--group-size"), ({"context_limit": 8}, "too much to answer in a context of 8 tokens")])
 def test_bad_flags_get_one_line(flags, needle, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(Args(**(QUICK | flags), run_dir=str(tmp_path)))
