@@ -12,12 +12,11 @@ allowance, the script appends the mark; the policy then goes on with the action.
     Eq. 2  a thought that is open after b_k tokens is closed; appended tokens are not trained
     Eq. 3  fixed limit   = floor(75th percentile of the turns of unrestricted episodes)
            dynamic limit = floor(50th percentile); when it is hit, extended once to the 75th
-    Eq. 4  A_k = (R - mean_group R) / (std_group R + 1e-6)
-           R = sum_k (r_k - penalty [thought k is longer than thought_cap])
+    Eq. 4  A_k = (R - mean_group R) / (std_group R + 1e-6)    R = sum_k (r_k - p [thought > cap])
     Eq. 5  J = mean_t min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + c entropy
 
     C  context_limit     used  tokens in the context     reserve  tokens of the mark and an action
-    w_t  ratio           K  max_turns                    k, t  turn, token
+    w_t  ratio           K  max_turns                    k, t  turn, token    p  overrun_penalty
 
 Changed from ms_grpo.py
     - thoughts; a short context: an episode is truncated when its next turn does not fit
@@ -62,6 +61,7 @@ class Args(RunArgs):
     max_turns: int = 4  # turns after which an episode is truncated, K
     max_turn_tokens: int = 4  # tokens of the action that follows a thought
     learning_rate: float = 1.5e-4  # of AdamW, constant
+    num_iterations: int = 40  # iterations of: collect episodes, update
     tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
 
     # Algorithm specific arguments
