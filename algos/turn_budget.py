@@ -60,7 +60,6 @@ class Args(RunArgs):
     env_id: str = "turnrl/ThinkSearch-v0"  # an environment in which a turn may hold a thought
     max_turns: int = 4  # turns after which an episode is truncated, K
     max_turn_tokens: int = 4  # tokens of the action that follows a thought
-    learning_rate: float = 1.5e-4  # of AdamW, constant
     num_iterations: int = 40  # iterations of: collect episodes, update
     tiny_steps: ClassVar[int] = 200  # of the warm start, where the tiny model is trained
 
