@@ -324,16 +324,28 @@ def levels_table(algo: str, arms: list[str]) -> str:
     return "\n".join(lines)
 
 
+def detailed(algo: str) -> list[str]:
+    """The claims with a table of everything in CURVES: of the same arms at the same moment one."""
+    found = {}
+    for claim, it in CLAIMS[algo].items():
+        found.setdefault((it.arms, it.at == "start"), claim)
+    return list(found.values()) if algo in CURVES else []
+
+
 def equal_tokens_table(algo: str, claim: str) -> str:
-    """Everything in CURVES after as many generated tokens as the shortest run of the claim has."""
-    arms = CLAIMS[algo][claim].arms
+    """Everything in CURVES after as many generated tokens as the shortest run of the claim has, or
+    before training."""
+    it = CLAIMS[algo][claim]
+    arms = it.arms
     rows, curves = read(ROOT / f"results/{algo}.csv"), read(ROOT / f"results/{algo}_curves.csv")
-    tokens = equal_tokens(rows, arms)
-    lines = [f"| after {tokens / 1000:.0f}k tokens | " + " | ".join(CURVES[algo].values()) + " |",
+    tokens = 0 if it.at == "start" else equal_tokens(rows, arms)
+    when = f"after {tokens / 1000:.0f}k tokens" if tokens else MOMENTS["start"]
+    lines = [f"| {when} | " + " | ".join(CURVES[algo].values()) + " |",
              "|---" * (len(CURVES[algo]) + 1) + "|"]
     at = {arm: [at_tokens(curves, arm, name, tokens) for name in CURVES[algo]] for arm in arms}
     start = [at_tokens(curves, arms[0], name, 0) for name in CURVES[algo]]
-    for label, values in [("start policy", start), *((f"`{arm}`", at[arm]) for arm in arms)]:
+    shown = {"start policy": start} if tokens else {}
+    for label, values in (shown | {f"`{arm}`": at[arm] for arm in arms}).items():
         cells = [f"{x.mean():.3g} ± {x.std(ddof=1):.2g}" for x in values]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for arm in arms[1:]:
@@ -349,14 +361,15 @@ def equal_tokens_table(algo: str, claim: str) -> str:
 
 
 def claim_figure(curves: list[dict[str, str]], algo: str):
-    panels = len(CLAIMS[algo])
+    claims = [it for it in CLAIMS[algo].values() if it.at != "start"]
+    panels = len(claims)
     rows = math.ceil(panels / 3)
     columns = math.ceil(panels / rows)
     figure = Figure((5 * columns, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[panels:]:
         axis.axis("off")
-    for axis, claim in zip(axes, CLAIMS[algo].values(), strict=False):
+    for axis, claim in zip(axes, claims, strict=False):
         for color, arm in enumerate(claim.arms):
             of_arm = [row for row in curves if row["arm"] == arm]
             runs = []  # of every seed: x and y of its evaluations
@@ -814,12 +827,11 @@ if __name__ == "__main__":
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/claims")
     for algo, claims in CLAIMS.items():
         collect(runs, algo)
-        for claim, it in claims.items():
+        for claim in claims:
             page = ROOT / f"docs/{algo}.md"
             replace_block(page, claim, claim_table(algo, claim))
-            first = next(name for name in claims if claims[name].arms == it.arms)
-            if algo in CURVES and claim == first:  # of the same arms one table is enough
-                replace_block(page, f"{claim} at equal tokens", equal_tokens_table(algo, claim))
+            if claim in detailed(algo):
+                replace_block(page, f"{claim} in detail", equal_tokens_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
     for name, arms in LADDERS.items():
         replace_block(ROOT / "docs/st_ppo.md", name, collapse_table("st_ppo", arms))
