@@ -236,7 +236,7 @@ cross lake "ms_grpo=3e-4 gigpo=3e-4 tree_grpo=3e-4 st_ppo=1e-3 seeupo=3e-4 arche
     --max-turns 8 --max-turn-tokens 8 --warm-start-steps 300 --max-generated-tokens 30000
 cross search "ms_grpo=1e-3 gigpo=1e-3 igpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4" --env-id turnrl/SearchQA-v0 \
     --max-turns 8 --max-turn-tokens 8 --warm-start-steps 300 --max-generated-tokens 40000
-cross desk "ms_grpo=3e-4 gigpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=3e-4" --env-id turnrl/ToolDesk-v0 \
+cross desk "ms_grpo=3e-4 gigpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=1e-4" --env-id turnrl/ToolDesk-v0 \
     --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 25000
 finish
 if [ ${#quick[@]} = 0 ] && [ ! "$list" ]; then python results/report.py; fi
