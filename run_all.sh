@@ -2,7 +2,7 @@
 # All runs, then results/<script>.csv, and all tables and figures. (The other results/*.csv: tests/benchmarks,
 # docs/figures/credit.png: results/credit.py; the estimator page: results/estimators.py.)
 # Arms of a primary comparison have ten seeds, others five.
-#   ./run_all.sh            everything; about 9.5 hours on 2 CPU cores (half of all `seconds` in results/). A run that is
+#   ./run_all.sh            everything; about 9 hours on 2 CPU cores (half of all `seconds` in results/). A run that is
 #                           done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
 #   ./run_all.sh --list     only says which commands these are, one line for every arm
@@ -237,11 +237,11 @@ cross() {  # cross GAME "SCRIPT=LEARNING_RATE .." FLAGS..
         ALGO=${pair%=*} run cross "$1_${pair%=*}" "${flags[@]}"
     done
 }
-cross lake "ms_grpo=3e-4 gigpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-4 archer=3e-4" --env-id turnrl/FrozenLake-v0 \
+cross lake "ms_grpo=3e-4 gigpo=3e-4 tree_grpo=3e-4 st_ppo=1e-3 seeupo=3e-4 archer=3e-4" --env-id turnrl/FrozenLake-v0 \
     --max-turns 8 --max-turn-tokens 8 --warm-start-steps 300 --max-generated-tokens 30000
-cross search "ms_grpo=3e-4 gigpo=3e-4 igpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-4" --env-id turnrl/SearchQA-v0 \
+cross search "ms_grpo=1e-3 gigpo=1e-3 igpo=1e-3 tree_grpo=1e-3 st_ppo=1e-3 seeupo=3e-4" --env-id turnrl/SearchQA-v0 \
     --max-turns 8 --max-turn-tokens 8 --warm-start-steps 300 --max-generated-tokens 40000
-cross desk "ms_grpo=3e-4 gigpo=3e-4 tree_grpo=3e-4 st_ppo=3e-4 seeupo=3e-4" --env-id turnrl/ToolDesk-v0 \
+cross desk "ms_grpo=3e-4 gigpo=1e-3 tree_grpo=1e-3 st_ppo=3e-4 seeupo=1e-4" --env-id turnrl/ToolDesk-v0 \
     --max-turns 8 --max-turn-tokens 6 --warm-start-steps 400 --max-generated-tokens 25000
 finish
 if [ ${#quick[@]} = 0 ] && [ ! "$list" ]; then python results/report.py; fi

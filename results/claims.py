@@ -261,9 +261,8 @@ PAIRS = {  # algo: arms that are compared besides, the claim's way
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_bias_norm", "clip_bias_norm_max",
                "gradient_scale", "approx_kl", "entropy"]}
-CROSS = {  # the cross table: environment -> heading; its arms are <environment>_<algo>
-    "lake": "Frozen Lake", "snake": "Snake", "retry": "retry math", "think": "think search",
-    "search": "search", "desk": "tool desk", "guess": "twenty questions"}
+CROSS = {  # the cross table: game -> heading; its arms are <game>_<algo>
+    "lake": "Frozen Lake", "search": "search", "desk": "tool desk"}
 LEVELS = (-20, -16, -12, -9)  # returns that ArCHer's table of episodes asks for
 EPISODES = 16  # in every iteration of these runs
 LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms[1:]]

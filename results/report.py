@@ -446,7 +446,7 @@ def results_table() -> str:
 
 
 def cross_table() -> str:
-    """Success at the end of every script in every environment it fits; results/cross.csv."""
+    """Success at the end of several scripts in the same games; results/cross.csv."""
     rows = read(ROOT / "results/cross.csv")
     found = {environment: {row["arm"].removeprefix(f"{environment}_"): row["arm"] for row in rows
                            if row["arm"].startswith(f"{environment}_")} for environment in CROSS}
@@ -467,6 +467,25 @@ def cross_table() -> str:
     for label, algo, name in [("warm start", "ms_grpo", "success_start"),
                               *((f"`{algo}`", algo, "success_end") for algo in played)]:
         lines.append(f"| {label} | " + " | ".join(cell(x, algo, name) for x in found) + " |")
+    return "\n".join(lines)
+
+
+def cross_differences() -> str:
+    """Success at the end of every script minus that of plain GRPO, seed by seed."""
+    rows = read(ROOT / "results/cross.csv")
+    ends = {(row["arm"], row["seed"]): float(row["success_end"]) for row in rows}
+    lines = ["| minus `ms_grpo` | " + " | ".join(CROSS.values()) + " |",
+             "|---" * (1 + len(CROSS)) + "|"]
+    for algo in [algo for algo in CLAIMS if algo != "ms_grpo"]:
+        cells = []
+        for game in CROSS:
+            differences = [end - ends[f"{game}_ms_grpo", seed]
+                           for (arm, seed), end in ends.items() if arm == f"{game}_{algo}"]
+            low, high = judge.interval(differences) if differences else (0, 0)
+            cells.append(f"{np.mean(differences):+.2f} [{low:+.2f}, {high:+.2f}]"
+                         if differences else "–")
+        if set(cells) != {"–"}:
+            lines.append(f"| `{algo}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -861,5 +880,6 @@ if __name__ == "__main__":
     replace_block(ROOT / "README.md", "algorithms", algorithms_table())
     replace_block(ROOT / "docs/results.md", "results", results_table())
     replace_block(ROOT / "docs/results.md", "cross", cross_table())
+    replace_block(ROOT / "docs/results.md", "cross differences", cross_differences())
     replace_block(ROOT / "docs/results.md", "verdicts", verdicts_table())
     replace_block(ROOT / "docs/results.md", "rule", rule_table())

@@ -36,6 +36,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
 def test_the_results_of_all_scripts_are_those_of_the_csv():
     assert block("docs/results.md", "results") == report.results_table()
     assert block("docs/results.md", "cross") == report.cross_table()
+    assert block("docs/results.md", "cross differences") == report.cross_differences()
     assert block("docs/results.md", "verdicts") == report.verdicts_table()
     assert block("docs/results.md", "rule") == report.rule_table()
     assert block("docs/igpo.md", "gains") == report.gains_table()
@@ -233,6 +234,8 @@ def test_the_cross_table_by_hand(monkeypatch):
     assert lines[3] == "| warm start | 0.10 ± 0.00 | 0.10 ± 0.00 |"
     assert "| `ms_grpo` | 0.30 ± 0.14 | 0.50 ± 0.00 |" in lines and "| `igpo` | – | 0.95 ± 0.07 |" in lines
     assert len(lines) == 6, "a script without any arm has no row"
+    assert report.cross_differences().splitlines() == [  # 0.5 and 0.4: 0.45 +- 12.706 * 0.0707 / sqrt(2)
+        "| minus `ms_grpo` | Frozen Lake | tool desk |", "|---|---|---|", "| `igpo` | – | +0.45 [-0.19, +1.09] |"]
 
 
 def test_the_table_of_models_by_hand(monkeypatch):
