@@ -27,7 +27,7 @@ Choices
     C2  --drop-thoughts hides the thoughts of earlier turns: every turn becomes a row of its own.
     C3  Turn limits come from episodes of the start policy, successes and failures, once per run.
 
-    python algos/turn_budget.py        about 2 minutes on 2 CPU cores
+    python algos/turn_budget.py        about 1 minute on 2 CPU cores
 """
 
 # === 1. Imports ==================================================================================
