@@ -101,7 +101,8 @@ with_seeds 1 2 3 4 5
 run ufo words_no_penalty --repetition-penalty 0
 run ufo words_constant --decay-base 1
 # Turn budgets: what closes a thought, before training (A) and after it (B; think_turn is the default run); turn limits
-# before (C) and after training (D). Ten seeds for the primary comparisons. Learning rates chosen on seeds 11 and 12.
+# before (C) and after training (D). Ten seeds for the primary comparisons. Learning rate of A and B chosen on
+# seeds 11 and 12, that of C and D after a first series (docs/log.md).
 with_seeds 1 2 3 4 5 6 7 8 9 10
 run turn_budget think_turn
 run turn_budget think_none --cap none

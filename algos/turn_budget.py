@@ -67,7 +67,7 @@ class Args(RunArgs):
     cap: Literal["none", "episode", "turn"] = "turn"  # on each thought, or on their sum, Eq. 1
     thought_cap: int = 8  # tokens of a thought, mark included; --cap episode: K times this for all
     context_limit: int = 112  # tokens of the whole context, C in Eq. 1
-    overrun_penalty: float = 0.0  # for a thought longer than thought_cap, Eq. 4; with --cap none
+    overrun_penalty: float = 0.0  # for a thought longer than thought_cap, or closed there, Eq. 4
     drop_thoughts: bool = False  # show earlier turns without their thoughts
     turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # a limit below max_turns, Eq. 3
     reminder: bool = False  # every observation ends with the number of turns left
@@ -196,8 +196,8 @@ class BudgetPolicy(Policy):
         return action or [end for end in turn.token_ids[-1:] if end in self.end_ids]
 
     def reward(self, turn: Turn) -> float:
-        """The reward of a turn, less the penalty of a thought that is too long. Eq. 4"""
-        overrun = self.thought_length(turn) > self.args.thought_cap
+        """A turn's reward, less the penalty of a thought that is too long, added mark included. Eq. 4"""
+        overrun = thought_end(turn.token_ids, self.mark) > self.args.thought_cap
         return turn.reward - self.args.overrun_penalty * overrun
 
     def thought_length(self, turn: Turn) -> int:

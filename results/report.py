@@ -332,7 +332,7 @@ def detailed(algo: str) -> list[str]:
     return list(found.values()) if algo in CURVES else []
 
 
-def equal_tokens_table(algo: str, claim: str) -> str:
+def detail_table(algo: str, claim: str) -> str:
     """Everything in CURVES after as many generated tokens as the shortest run of the claim has, or
     before training."""
     it = CLAIMS[algo][claim]
@@ -850,7 +850,7 @@ if __name__ == "__main__":
             page = ROOT / f"docs/{algo}.md"
             replace_block(page, claim, claim_table(algo, claim))
             if claim in detailed(algo):
-                replace_block(page, f"{claim} in detail", equal_tokens_table(algo, claim))
+                replace_block(page, f"{claim} in detail", detail_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
     for name, arms in LADDERS.items():
         replace_block(ROOT / "docs/st_ppo.md", name, collapse_table("st_ppo", arms))

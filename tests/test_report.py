@@ -27,7 +27,7 @@ def test_the_tables_of_the_docs_are_those_of_the_csv(algo):
     for claim, arms in ((name, it.arms) for name, it in report.CLAIMS[algo].items()):
         assert block(f"docs/{algo}.md", claim) == report.claim_table(algo, claim)
         if claim in report.detailed(algo):
-            assert block(f"docs/{algo}.md", f"{claim} in detail") == report.equal_tokens_table(algo, claim)
+            assert block(f"docs/{algo}.md", f"{claim} in detail") == report.detail_table(algo, claim)
         seeds = [sorted(row["seed"] for row in rows if row["arm"] == arm) for arm in arms]
         assert min(map(len, seeds)) >= 5 and all(set(s) <= set(max(seeds, key=len)) for s in seeds), "paired seeds"
         assert not report.CLAIMS[algo][claim].says or set(seeds[0]) <= set(seeds[1]), "of the primary comparison"
@@ -179,13 +179,13 @@ def test_the_table_at_equal_tokens_by_hand(monkeypatch):
     monkeypatch.setattr(report, "read", lambda path: curves if path.stem.endswith("curves") else rows)
     monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": claims.Claim("t", "toy", ("new", "old"))}})
     monkeypatch.setattr(report, "CURVES", {"toy": {"success": "success"}})
-    assert report.equal_tokens_table("toy", "A").splitlines() == [
+    assert report.detail_table("toy", "A").splitlines() == [
         "| after 0k tokens | success |", "|---|---|", "| start policy | 0.25 ± 0 |", "| `new` | 0.375 ± 0.18 |",
         "| `old` | 0.45 ± 0.071 |", "| `new` minus `old` | [-1.45, +1.1] |"]  # -0.175 +- 12.706 * 0.1
     start = claims.Claim("t", "toy", ("new", "old"), at="start")
     monkeypatch.setattr(report, "CLAIMS", {"toy": {"A": start, "B": claims.Claim("t", "toy", ("new", "old")), "C": start}})
     assert report.detailed("toy") == ["A", "B"]
-    assert report.equal_tokens_table("toy", "A").splitlines() == [
+    assert report.detail_table("toy", "A").splitlines() == [
         "| before training | success |", "|---|---|", "| `new` | 0.25 ± 0 |", "| `old` | 0.25 ± 0 |",
         "| `new` minus `old` | [+0, +0] |"]
 

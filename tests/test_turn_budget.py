@@ -424,10 +424,10 @@ def test_a_run_trains_on_and_logs_what_a_slow_loop_says(tmp_path, calls, monkeyp
 
 
 def test_an_overrun_costs_by_hand(searcher):
-    """Thoughts 3, 5 | 0, 3, 1 with a cap of 3: only the second is longer, and it costs its episode 0.25."""
-    policy = budget_policy(searcher, cap="none", thought_cap=3, overrun_penalty=0.25)
+    """Thoughts 3, 5 | 0, 3, 1 with a cap of 3: the first was closed there, the second is longer; each costs 0.25."""
+    policy = budget_policy(searcher, thought_cap=3, overrun_penalty=0.25)
     rewards = [[policy.reward(turn) - turn.reward for turn in e.turns] for e in hand_made(policy, False)]
-    assert rewards == [[0, -0.25], [0, 0, 0]]
+    assert rewards == [[-0.25, -0.25], [0, 0, 0]]
 
 
 def test_a_run_is_trained_on_what_is_left_after_overruns(tmp_path, calls):
