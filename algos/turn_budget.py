@@ -196,7 +196,7 @@ class BudgetPolicy(Policy):
         return action or [end for end in turn.token_ids[-1:] if end in self.end_ids]
 
     def reward(self, turn: Turn) -> float:
-        """A turn's reward, less the penalty of a thought that is too long, added mark included. Eq. 4"""
+        """A turn's reward, less the penalty of a thought that is, with its mark, too long. Eq. 4"""
         overrun = thought_end(turn.token_ids, self.mark) > self.args.thought_cap
         return turn.reward - self.args.overrun_penalty * overrun
 
