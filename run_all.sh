@@ -59,27 +59,32 @@ run() {  # run CLAIMS ARM FLAGS..: once for every seed, in the background, at mo
     done
 }
 
+# MS-GRPO: which episodes are trained on, where returns are graded: Snake of 20 turns, a quarter of the episodes
+# drawn (A); what a turn is credited with, where pay comes late, with every episode: larger lakes (B) and the tool
+# desk with the whole history (C). Ten seeds for the primary comparisons; learning rates chosen on seeds 11 and 12
+# from 1e-4, 3e-4 and 1e-3 (results/rates.csv). lake_aaw is the default run, lake_kl is held to the start policy.
 with_seeds 1 2 3 4 5
-# MS-GRPO, claim C1: which episodes are trained on. aaw is the default run.
 run ms_grpo lake_aaw
-run ms_grpo lake_uniform --sampling uniform
-run ms_grpo lake_all --sampling all
-# MS-GRPO, KL: held to the start policy, which a pretrained model may need.
 run ms_grpo lake_kl --kl-coefficient 0.01
-# MS-GRPO, claim C2: what a turn is credited with, on Snake (from weaker first weights).
-snake=(--env-id turnrl/Snake-v0 --num-iterations 100 --warm-start-steps 600 --warm-start-learning-rate 1e-3
-       --tiny-init-std 0.02)
-run ms_grpo snake_episode "${snake[@]}"
-run ms_grpo snake_return_to_go "${snake[@]}" --credit return_to_go
-run ms_grpo snake_step "${snake[@]}" --credit step
+snake=(--env-id turnrl/Snake-v0 --env-kwargs '{"max_turns": 20}' --max-turns 20 --episodes-per-update 32)
+large=(--env-kwargs '{"size": 6, "max_turns": 16}' --max-turns 16 --warm-start-steps 800
+       --num-iterations 40 --max-generated-tokens 40000)
+orders=(--env-id turnrl/ToolDesk-v0 --max-turn-tokens 6 --history-turns None --warm-start-steps 550
+        --num-iterations 40 --max-generated-tokens 25000)
+with_seeds 1 2 3 4 5 6 7 8 9 10
+run ms_grpo snake_aaw "${snake[@]}"
+run ms_grpo snake_uniform "${snake[@]}" --sampling uniform
+run ms_grpo large_episode "${large[@]}" --sampling all
+run ms_grpo large_step "${large[@]}" --sampling all --credit step
+run ms_grpo desk_episode "${orders[@]}" --sampling all
+run ms_grpo desk_step "${orders[@]}" --sampling all --credit step
+with_seeds 1 2 3 4 5
+run ms_grpo large_return_to_go "${large[@]}" --sampling all --credit return_to_go
+run ms_grpo desk_return_to_go "${orders[@]}" --sampling all --credit return_to_go
 # GiGPO: what a turn is compared with, on Frozen Lake (A; lake_gigpo is the default run), on larger lakes (B) and
 # on the tool desk with the whole history (C). gigpo: also with turns that saw the same; episode: MS-GRPO's credit;
 # no_anchors: also with all turns of the group. Ten seeds; learning rates chosen on seeds 11 and 12 (docs/log.md).
 with_seeds 1 2 3 4 5 6 7 8 9 10
-large=(--env-kwargs '{"size": 6, "max_turns": 16}' --max-turns 16 --warm-start-steps 800
-       --num-iterations 40 --max-generated-tokens 40000)
-orders=(--env-id turnrl/ToolDesk-v0 --max-turn-tokens 6 --history-turns None --warm-start-steps 550
-        --num-iterations 40 --max-generated-tokens 25000 --learning-rate 1e-3)
 run gigpo lake_gigpo
 run gigpo lake_episode --step-weight 0 --learning-rate 1e-3
 run gigpo lake_no_anchors --anchors none
@@ -87,9 +92,9 @@ run gigpo lake_mean --scale none
 run gigpo large_gigpo "${large[@]}" --learning-rate 1e-3
 run gigpo large_episode "${large[@]}" --step-weight 0
 run gigpo large_no_anchors "${large[@]}" --anchors none --learning-rate 1e-3
-run gigpo desk_gigpo "${orders[@]}"
-run gigpo desk_episode "${orders[@]}" --step-weight 0
-run gigpo desk_no_anchors "${orders[@]}" --anchors none
+run gigpo desk_gigpo "${orders[@]}" --learning-rate 1e-3
+run gigpo desk_episode "${orders[@]}" --step-weight 0 --learning-rate 1e-3
+run gigpo desk_no_anchors "${orders[@]}" --anchors none --learning-rate 1e-3
 # UFO: five answers in training or one (A), and the first answer (B); penalty and decay (C). words_turns5 is the
 # default run: half of the problems are number words, which the start policy can read but samples badly, so that
 # the first answer can improve; the other half it cannot calculate. With one answer an episode has a third of the
@@ -144,27 +149,34 @@ run tree_grpo tree_inter "${every[@]}" --advantage inter
 run tree_grpo tree_top50
 run tree_grpo tree_top20 --keep-top-entropy 0.2 --learning-rate 3e-4
 run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask --learning-rate 3e-4
-# ST-PPO: four variants with 2 optimizer steps per batch (A; desk_st_ppo is the default run), with 32 (B),
-# with 32 on batches of two iterations ago (C); how s_ppo scales (D), other cures (E); how far PPO was
-# pushed (ladder).
-heavy=(--num-epochs 4 --num-minibatches 8)
-for variant in st_ppo s_ppo turn_ppo ppo; do
+# ST-PPO on the tool desk: 2 optimizer steps per batch (A; desk_st_ppo is the default run); 32 steps, on fresh batches
+# (B) and on batches of 2 and 4 iterations ago (C), each arm with the rate chosen for its steps on seeds 11 and 12 from
+# 1e-4, 3e-4 and 1e-3 (results/rates.csv); 32 steps with the rate that is best for 2, where PPO collapses (D); there,
+# how s_ppo scales, and a usual cure (E); without Adam, at a rate of its own (F). Ten seeds for primary comparisons.
+steps=(--num-epochs 4 --num-minibatches 8 --num-iterations 20 --eval-every 2)
+tuned=("${steps[@]}" --learning-rate 3e-4)
+plain=("${steps[@]}" --sgd --learning-rate 0.1)
+with_seeds 1 2 3 4 5 6 7 8 9 10
+for variant in st_ppo ppo; do
+    run st_ppo fresh_$variant --variant $variant "${tuned[@]}"
+    run st_ppo late4_$variant --variant $variant "${tuned[@]}" --staleness 4
+    run st_ppo hot_$variant --variant $variant "${steps[@]}"
+done
+with_seeds 1 2 3 4 5
+for variant in s_ppo turn_ppo; do
+    run st_ppo fresh_$variant --variant $variant "${tuned[@]}"
+    run st_ppo late4_$variant --variant $variant "${tuned[@]}" --staleness 4
+    run st_ppo hot_$variant --variant $variant "${steps[@]}"
+done
+for variant in st_ppo ppo; do
     run st_ppo desk_$variant --variant $variant
+    run st_ppo late2_$variant --variant $variant "${tuned[@]}" --staleness 2
 done
-for variant in st_ppo s_ppo turn_ppo ppo; do
-    run st_ppo heavy_$variant --variant $variant "${heavy[@]}"
-done
-run st_ppo ladder_1 --variant ppo --num-minibatches 1
-run st_ppo ladder_16 --variant ppo --num-epochs 4 --num-minibatches 4
-for variant in st_ppo s_ppo turn_ppo ppo; do
-    run st_ppo late_$variant --variant $variant "${heavy[@]}" --staleness 2
-done
-run st_ppo heavy_s_triggered --variant s_ppo --scale triggered "${heavy[@]}"
-run st_ppo heavy_s_relative --variant s_ppo --scale relative "${heavy[@]}"
-run st_ppo heavy_s_step --variant s_ppo --scale step "${heavy[@]}"
-run st_ppo heavy_small_rate --variant ppo --learning-rate 3e-4 "${heavy[@]}"
-run st_ppo heavy_small_norm --variant ppo --max-grad-norm 0.1 "${heavy[@]}"
-run st_ppo heavy_target_kl --variant ppo --target-kl 0.05 "${heavy[@]}"
+run st_ppo hot_s_triggered --variant s_ppo --scale triggered "${steps[@]}"
+run st_ppo hot_s_step --variant s_ppo --scale step "${steps[@]}"
+run st_ppo hot_target_kl --variant ppo --target-kl 0.05 "${steps[@]}"
+run st_ppo sgd_ppo --variant ppo "${plain[@]}"
+run st_ppo sgd_s_ppo --variant s_ppo "${plain[@]}"
 # SeeUPO: is the last turn first better, and do the weights M matter, in a game made for it? With steps so long
 # that a turn nearly finds its best response (A), without Adam's momentum (B), with the paper's clip (C).
 # gspo_N takes N steps on all turns at once: 8 (4) use a token as often, 24 (12) are as many optimizer steps.

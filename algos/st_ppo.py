@@ -23,9 +23,10 @@ Changed from igpo.py (a row is a whole episode, B = E; with --history-turns it i
     - a critic; advantages per token; one ratio per turn; scaled gradients; many passes, old batches
 
 Deviations and choices
-    D1  --scale at_most_one is Eq. 7, triggered the paper's 1 / |C|. relative: |g| / (|g| + |C|),
-        g = grad J + C. Where no token binds, s = 1: nearly always with the default flags.
-    D2  Adam and max_grad_norm may undo s. --scale step puts the default's s on the learning rate.
+    D1  --scale at_most_one is Eq. 7, triggered the paper's 1 / |C|. Where no token binds, s = 1:
+        nearly always with the default flags.
+    D2  Adam and max_grad_norm may undo s. --scale step puts the default's s on the learning rate;
+        --sgd does without Adam.
     D3  A time limit ends the task: V_next = 0 after it. There is no KL and no entropy term.
     D4  mean_t, in a minibatch: over the tokens of a row, then over rows; in Eq. 9 over all.
 
@@ -69,7 +70,8 @@ class Args(RunArgs):
     # Algorithm specific arguments
     variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # in brackets: Eq. 1, 2, 7
     # s of s_ppo and st_ppo, Eq. 7: triggered is the paper's (D1); step: on the learning rate (D2)
-    scale: Literal["at_most_one", "triggered", "relative", "step"] = "at_most_one"
+    scale: Literal["at_most_one", "triggered", "step"] = "at_most_one"
+    sgd: bool = False  # plain SGD instead of AdamW for the policy, so that nothing undoes s (D2)
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 3
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 3
     discount: float = 1.0  # per sampled token, Eq. 8
@@ -169,17 +171,17 @@ def surrogate_and_clip_bias(log_ratio: Tensor, advantages: Tensor, weights: Tens
     return (weights * objective).sum(), (weights * removed).sum(), binding
 
 
-def gradient_scale(bias_norm: float, full_norm: float, scale: str) -> float:
-    """The factor s of a step, from |C| and |grad J + C|. Eq. 7, D1
+def gradient_scale(bias_norm: float, scale: str) -> float:
+    """The factor s of a step, from |C|. Eq. 7, D1
 
-    >>> [gradient_scale(0.25, 1.0, scale) for scale in ("at_most_one", "triggered", "relative")]
-    [1.0, 4.0, 0.8]
+    >>> [gradient_scale(norm, "at_most_one") for norm in (0.25, 4.0)]
+    [1.0, 0.25]
+    >>> [gradient_scale(norm, "triggered") for norm in (0.0, 0.25, 4.0)]
+    [1.0, 4.0, 0.25]
     """
     if bias_norm == 0:
         return 1.0
-    at_most_one = 1 / max(1.0, bias_norm)
-    return {"triggered": 1 / bias_norm, "relative": full_norm / (full_norm + bias_norm),
-            "at_most_one": at_most_one, "step": at_most_one}[scale]
+    return 1 / bias_norm if scale == "triggered" else 1 / max(1.0, bias_norm)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
@@ -247,9 +249,9 @@ def update(policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer,
         means |= {"loss": -objective, "value_loss": error}
         sums = {name: sums[name] + means[name].detach() for name in sums}
     gradient, clip_bias = all_reduce_sum(gradient), all_reduce_sum(clip_bias)  # before their norms
-    bias_norm, full_norm = clip_bias.norm().item(), (gradient + clip_bias).norm().item()
     scaled, on_step = args.variant in ("s_ppo", "st_ppo"), args.scale == "step"
-    scale = gradient_scale(bias_norm, full_norm, args.scale) if scaled else 1.0  # s, Eq. 7
+    bias_norm = clip_bias.norm().item()
+    scale = gradient_scale(bias_norm, args.scale) if scaled else 1.0  # s, Eq. 7
     optimizer.param_groups[0]["lr"] = args.learning_rate * (scale if on_step else 1)
     gradient *= -1 if on_step else -scale  # minus: the optimizer minimizes
     for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
@@ -270,7 +272,8 @@ def main(args: Args) -> dict[str, float]:
     with Run(args, "st_ppo") as run:
         envs, policy = make_envs(args), load_policy(args, args.history_turns)
         critic, queue = Critic(policy), []  # batches not yet trained on, the oldest first
-        optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
+        kind = torch.optim.SGD if args.sgd else torch.optim.AdamW
+        optimizer = kind(policy.model.parameters(), args.learning_rate, weight_decay=0)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate,
                                              weight_decay=0)
 

@@ -47,12 +47,9 @@ def weights_outside(arm: str, first: bool = False) -> tuple[str, Callable, float
             of(arm, f"{prefix}weights_outside"), 0.2)
 
 
-def collapse_and_cure(stress: str) -> tuple[tuple[str, Callable, float], ...]:
-    """ST-PPO: the steps hurt PPO, and its own rule scales some of them."""
-    return (("success that PPO loses by so many steps",
-             lambda mean: mean("desk_ppo", "success_end") - mean(f"{stress}_ppo", "success_end"),
-             0.2),
-            ("steps that are scaled", of(f"{stress}_st_ppo", "scaled_steps"), 0.1))
+def scaled_steps(stress: str) -> tuple[str, Callable, float]:
+    """ST-PPO: its own rule scales some of the steps."""
+    return "steps that are scaled", of(f"{stress}_st_ppo", "scaled_steps"), 0.1
 
 
 THOUGHTS = ("think_turn", "think_none", "think_penalty", "think_episode", "think_none_drop")
@@ -93,18 +90,23 @@ ALGORITHMS = {  # algo: name, arXiv ids, idea, what gets an advantage, game of t
                "turn, from a critic", "maze")}
 CLAIMS = {  # algo: name of the table: claim
     "ms_grpo": {
-        "C1": Claim(
-            "Frozen Lake: which episodes are trained on", "lake",
-            ("lake_aaw", "lake_uniform", "lake_all"),
-            says="drawing episodes by abs(advantage) beats drawing them evenly", at="end",
+        "A": Claim(
+            "Snake: which episodes are trained on", "snake", ("snake_aaw", "snake_uniform"),
+            says="drawing episodes by abs(advantage) beats drawing them evenly, where returns are "
+                 "graded", metric="return", best=2.91,
             mechanisms=(("drawn advantage differs from that of an even draw by",
-                         lambda mean: abs(mean("lake_aaw", "drawn_advantage")
-                                          - mean("lake_uniform", "drawn_advantage")), 0.1),)),
-        "C2": Claim(
-            "Snake: what a turn is credited with", "snake",
-            ("snake_episode", "snake_step", "snake_return_to_go"), metric="return", at="end",
-            best=2.4,
-            says="the episode's return is a better credit than the step's own reward"),
+                         lambda mean: abs(mean("snake_aaw", "drawn_advantage")
+                                          - mean("snake_uniform", "drawn_advantage")), 0.1),)),
+        "B": Claim(
+            "lakes of 6x6: what a turn is credited with", "large lake",
+            ("large_episode", "large_step", "large_return_to_go"),
+            says="the episode's return is a better credit than the step's own reward, where pay "
+                 "comes late, on large lakes"),
+        "C": Claim(
+            "tool desk: what a turn is credited with", "desk",
+            ("desk_episode", "desk_step", "desk_return_to_go"),
+            says="the episode's return is a better credit than the step's own reward, where pay "
+                 "comes late, on the tool desk"),
         "KL": Claim("Frozen Lake: held to the start policy", "lake", ("lake_aaw", "lake_kl"))},
     "gigpo": {
         "A": Claim(
@@ -168,24 +170,30 @@ CLAIMS = {  # algo: name of the table: claim
                                      * mean("tree_top20", "generated_tokens")
                                      / mean("tree_top20", "environment_steps")), 2),))},
     "st_ppo": {
-        "A": Claim("2 steps per batch", "desk",
-                   ("desk_st_ppo", "desk_ppo", "desk_s_ppo", "desk_turn_ppo")),
+        "A": Claim("2 steps per batch", "desk", ("desk_st_ppo", "desk_ppo")),
         "B": Claim(
-            "32 steps per batch", "desk",
-            ("heavy_st_ppo", "heavy_ppo", "heavy_s_ppo", "heavy_turn_ppo"),
-            says="turn-level ratios and the clip-bias correction prevent the collapse of PPO "
-                 "on fresh batches", baseline="desk_ppo",
-            mechanisms=collapse_and_cure("heavy")),
+            "32 steps, each arm's own rate", "desk",
+            ("fresh_st_ppo", "fresh_ppo", "fresh_s_ppo", "fresh_turn_ppo"),
+            says="turn-level ratios and the clip-bias correction beat PPO on fresh batches, each "
+                 "with the rate chosen for it", mechanisms=(scaled_steps("fresh"),)),
         "C": Claim(
-            "32 steps, batches 2 iterations old", "desk",
-            ("late_st_ppo", "late_ppo", "late_s_ppo", "late_turn_ppo"),
-            says="turn-level ratios and the clip-bias correction prevent the collapse of PPO "
-                 "on late batches", baseline="desk_ppo",
-            mechanisms=collapse_and_cure("late")),
-        "D": Claim("32 steps: how s_ppo scales", "desk",
-                   ("heavy_s_ppo", "heavy_s_triggered", "heavy_s_relative", "heavy_s_step")),
-        "E": Claim("32 steps: other cures", "desk",
-                   ("heavy_ppo", "heavy_small_rate", "heavy_small_norm", "heavy_target_kl"))},
+            "32 steps, late batches", "desk",
+            ("late4_st_ppo", "late4_ppo", "late4_s_ppo", "late4_turn_ppo", "late2_st_ppo",
+             "late2_ppo"),
+            says="turn-level ratios and the clip-bias correction beat PPO on batches of four "
+                 "iterations ago, each with the rate chosen for it",
+            mechanisms=(scaled_steps("late4"),)),
+        "D": Claim(
+            "32 steps, the rate for 2", "desk",
+            ("hot_st_ppo", "hot_ppo", "hot_s_ppo", "hot_turn_ppo"),
+            says="turn-level ratios and the clip-bias correction prevent the collapse of PPO at "
+                 "a rate that is too high", baseline="desk_ppo",
+            mechanisms=(("success that PPO loses by so many steps", lambda mean: (
+                mean("desk_ppo", "success_end") - mean("hot_ppo", "success_end")), 0.2),
+                scaled_steps("hot"))),
+        "E": Claim("32 steps, the rate for 2: cures", "desk",
+                   ("hot_ppo", "hot_s_ppo", "hot_s_triggered", "hot_s_step", "hot_target_kl")),
+        "F": Claim("32 steps of SGD", "desk", ("sgd_s_ppo", "sgd_ppo"))},
     "seeupo": {
         "A": Claim(
             "Trust, long steps: the order", "trust",
@@ -243,7 +251,7 @@ CLAIMS = {  # algo: name of the table: claim
             metric="return", at="area", best=-6.84)},
 }
 DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
-    ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_episode", "Snake"),
+    ("ms_grpo", "lake_aaw", "Frozen Lake (default)"), ("ms_grpo", "snake_aaw", "Snake, 20 turns"),
     ("gigpo", "lake_gigpo", "Frozen Lake (default)"),
     ("ufo", "words_turns5", "number words, modular maths (default)"),
     ("turn_budget", "think_turn", "think search (default)"),
@@ -256,8 +264,9 @@ PAIRS = {  # algo: arms that are compared besides, the claim's way
     "archer": [("maze_default", "maze_ppo")],
     "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "bottom80")],
     "turn_budget": [("think_none", "think_penalty"), ("think_none", "think_none_drop")],
-    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("desk", "heavy", "late")
-               for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]}
+    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("fresh", "late4", "hot")
+               for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]
+    + [("late2_st_ppo", "late2_ppo"), ("hot_s_step", "hot_s_ppo")]}
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_bias_norm", "clip_bias_norm_max",
                "gradient_scale", "approx_kl", "entropy"]}
@@ -266,12 +275,11 @@ CROSS = {  # the cross table: game -> heading; its arms are <game>_<algo>
 LEVELS = (-20, -16, -12, -9)  # returns that ArCHer's table of episodes asks for
 EPISODES = 16  # in every iteration of these runs
 LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms[1:]]
-LADDERS = {  # tables of how far ST-PPO's variants were pushed -> arms
-    "ladder": ["ladder_1", "desk_ppo", "ladder_16", "heavy_ppo", "late_ppo"],
-    "collapse": ["heavy_ppo", "heavy_turn_ppo", "heavy_s_ppo", "heavy_st_ppo", "late_ppo",
-                 "late_turn_ppo", "late_s_ppo", "late_st_ppo", "heavy_s_triggered",
-                 "heavy_s_relative", "heavy_s_step", "heavy_small_rate", "heavy_small_norm",
-                 "heavy_target_kl"]}
+COLLAPSES = [  # arms of ST-PPO whose collapses are counted
+    "desk_ppo", "desk_st_ppo", "fresh_ppo", "fresh_turn_ppo", "fresh_s_ppo", "fresh_st_ppo",
+    "late2_ppo", "late2_st_ppo", "late4_ppo", "late4_turn_ppo", "late4_s_ppo", "late4_st_ppo",
+    "hot_ppo", "hot_turn_ppo", "hot_s_ppo", "hot_st_ppo", "hot_s_triggered", "hot_s_step",
+    "hot_target_kl", "sgd_ppo", "sgd_s_ppo"]
 CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
     "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
             "eval_distinct_ratio": "distinct answers",

@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from results import credit, judge
-from results.claims import (ALGORITHMS, CLAIMS, CROSS, CURVES, DEFAULT_ARMS, DIAGNOSTICS, EPISODES,
-                            EXTRA, IMITATIONS, LADDERS, LEVEL_ARMS, LEVELS, MOMENTS, PAIRS)
+from results.claims import (ALGORITHMS, CLAIMS, COLLAPSES, CROSS, CURVES, DEFAULT_ARMS,
+                            DIAGNOSTICS, EPISODES, EXTRA, IMITATIONS, LEVEL_ARMS, LEVELS, MOMENTS,
+                            PAIRS)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -852,9 +853,8 @@ if __name__ == "__main__":
             if claim in detailed(algo):
                 replace_block(page, f"{claim} in detail", detail_table(algo, claim))
         claim_figure(read(ROOT / f"results/{algo}_curves.csv"), algo)
-    for name, arms in LADDERS.items():
-        replace_block(ROOT / "docs/st_ppo.md", name, collapse_table("st_ppo", arms))
-    drift_figure("st_ppo", CLAIMS["st_ppo"]["B"].arms)
+    replace_block(ROOT / "docs/st_ppo.md", "collapse", collapse_table("st_ppo", COLLAPSES))
+    drift_figure("st_ppo", CLAIMS["st_ppo"]["D"].arms)
     replace_block(ROOT / "docs/archer.md", "levels", levels_table("archer", LEVEL_ARMS))
     replace_block(ROOT / "docs/igpo.md", "gains", gains_table())
     replace_block(ROOT / "docs/ufo.md", "retry", retry_table())

@@ -62,7 +62,7 @@ def lose(env, rng) -> str:
 GAMES = {  # name: environment, settings, what it does
     "lake": ("turnrl/FrozenLake-v0", {}, move),
     "large lake": ("turnrl/FrozenLake-v0", {"size": 6, "max_turns": 16}, move),
-    "snake": ("turnrl/Snake-v0", {}, move),
+    "snake": ("turnrl/Snake-v0", {"max_turns": 20}, move),
     "retry, 1 answer": ("turnrl/RetryMath-v0", {"levels": "123", "max_answers": 1}, number),
     "retry, 5 answers": ("turnrl/RetryMath-v0", {"levels": "123"}, number),
     "words, 1 answer": ("turnrl/RetryMath-v0", {"max_answers": 1}, number),

@@ -1,8 +1,8 @@
 """Arms of run_all.sh at three learning rates each, on seeds that no table reports.
 
-    python tests/benchmarks/rates.py CLAIMS "PATTERN"          such as: rates.py tree_grpo "tree_*"
+    python tests/benchmarks/rates.py CLAIMS "PATTERN" [RATE ..]          such as: rates.py tree_grpo "tree_*"
 
-CLAIMS and PATTERN as SCRIPTS and ARMS of run_all.sh. One run after the other, one thread each. A run that
+CLAIMS and PATTERN as SCRIPTS and ARMS of run_all.sh; 1e-4, 3e-4 and 1e-3 without other rates. One run after the other, one thread each. A run that
 is finished is not made again. Adds its rows to results/rates.csv: success and return at both ends and as
 the mean over the evaluations.
 """
@@ -37,13 +37,13 @@ def results(folder: Path, command: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    claims, pattern = sys.argv[1:]
+    claims, pattern, *rates = sys.argv[1:]
     rows = list(csv.DictReader(open(TABLE))) if TABLE.exists() else []
     arms = subprocess.run(["./run_all.sh", "--list"], cwd=ROOT, check=True, capture_output=True, text=True)
     for name, arm, _, *command in map(shlex.split, arms.stdout.splitlines()):
         if name != claims or not fnmatch.fnmatch(arm, pattern):
             continue
-        for rate in RATES:
+        for rate in rates or RATES:
             for seed in SEEDS:
                 row = {"claims": claims, "arm": arm, "learning_rate": rate, "seed": str(seed), **results(
                     ROOT / f"runs/rates/{claims}/{arm}-{rate}-{seed}",
