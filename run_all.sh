@@ -70,12 +70,12 @@ snake=(--env-id turnrl/Snake-v0 --env-kwargs '{"max_turns": 20}' --max-turns 20 
 large=(--env-kwargs '{"size": 6, "max_turns": 16}' --max-turns 16 --warm-start-steps 800
        --num-iterations 40 --max-generated-tokens 40000)
 orders=(--env-id turnrl/ToolDesk-v0 --max-turn-tokens 6 --history-turns None --warm-start-steps 550
-        --num-iterations 40 --max-generated-tokens 25000)
+        --num-iterations 40 --max-generated-tokens 25000 --learning-rate 1e-3)
 with_seeds 1 2 3 4 5 6 7 8 9 10
 run ms_grpo snake_aaw "${snake[@]}"
 run ms_grpo snake_uniform "${snake[@]}" --sampling uniform
-run ms_grpo large_episode "${large[@]}" --sampling all
-run ms_grpo large_step "${large[@]}" --sampling all --credit step
+run ms_grpo large_episode "${large[@]}" --sampling all --learning-rate 1e-3
+run ms_grpo large_step "${large[@]}" --sampling all --credit step --learning-rate 1e-4
 run ms_grpo desk_episode "${orders[@]}" --sampling all
 run ms_grpo desk_step "${orders[@]}" --sampling all --credit step
 with_seeds 1 2 3 4 5
@@ -92,9 +92,9 @@ run gigpo lake_mean --scale none
 run gigpo large_gigpo "${large[@]}" --learning-rate 1e-3
 run gigpo large_episode "${large[@]}" --step-weight 0
 run gigpo large_no_anchors "${large[@]}" --anchors none --learning-rate 1e-3
-run gigpo desk_gigpo "${orders[@]}" --learning-rate 1e-3
-run gigpo desk_episode "${orders[@]}" --step-weight 0 --learning-rate 1e-3
-run gigpo desk_no_anchors "${orders[@]}" --anchors none --learning-rate 1e-3
+run gigpo desk_gigpo "${orders[@]}"
+run gigpo desk_episode "${orders[@]}" --step-weight 0
+run gigpo desk_no_anchors "${orders[@]}" --anchors none
 # UFO: five answers in training or one (A), and the first answer (B); penalty and decay (C). words_turns5 is the
 # default run: half of the problems are number words, which the start policy can read but samples badly, so that
 # the first answer can improve; the other half it cannot calculate. With one answer an episode has a third of the
