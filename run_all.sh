@@ -79,7 +79,7 @@ run ms_grpo large_step "${large[@]}" --sampling all --credit step --learning-rat
 run ms_grpo desk_episode "${orders[@]}" --sampling all
 run ms_grpo desk_step "${orders[@]}" --sampling all --credit step
 with_seeds 1 2 3 4 5
-run ms_grpo large_return_to_go "${large[@]}" --sampling all --credit return_to_go
+run ms_grpo large_return_to_go "${large[@]}" --sampling all --credit return_to_go --learning-rate 1e-3
 run ms_grpo desk_return_to_go "${orders[@]}" --sampling all --credit return_to_go
 # GiGPO: what a turn is compared with, on Frozen Lake (A; lake_gigpo is the default run), on larger lakes (B) and
 # on the tool desk with the whole history (C). gigpo: also with turns that saw the same; episode: MS-GRPO's credit;
@@ -154,23 +154,25 @@ run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask --learn
 # 1e-4, 3e-4 and 1e-3 (results/rates.csv); 32 steps with the rate that is best for 2, where PPO collapses (D); there,
 # how s_ppo scales, and a usual cure (E); without Adam, at a rate of its own (F). Ten seeds for primary comparisons.
 steps=(--num-epochs 4 --num-minibatches 8 --num-iterations 20 --eval-every 2)
-tuned=("${steps[@]}" --learning-rate 3e-4)
 plain=("${steps[@]}" --sgd --learning-rate 0.1)
 with_seeds 1 2 3 4 5 6 7 8 9 10
-for variant in st_ppo ppo; do
-    run st_ppo fresh_$variant --variant $variant "${tuned[@]}"
-    run st_ppo late4_$variant --variant $variant "${tuned[@]}" --staleness 4
-    run st_ppo hot_$variant --variant $variant "${steps[@]}"
+for pair in st_ppo=1e-4 ppo=3e-4; do
+    variant=(--variant "${pair%=*}" "${steps[@]}")
+    run st_ppo "fresh_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}"
+    run st_ppo "late4_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}" --staleness 4
+    run st_ppo "hot_${pair%=*}" "${variant[@]}"
 done
 with_seeds 1 2 3 4 5
-for variant in s_ppo turn_ppo; do
-    run st_ppo fresh_$variant --variant $variant "${tuned[@]}"
-    run st_ppo late4_$variant --variant $variant "${tuned[@]}" --staleness 4
-    run st_ppo hot_$variant --variant $variant "${steps[@]}"
+for pair in s_ppo=1e-4 turn_ppo=1e-4; do
+    variant=(--variant "${pair%=*}" "${steps[@]}")
+    run st_ppo "fresh_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}"
+    run st_ppo "late4_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}" --staleness 4
+    run st_ppo "hot_${pair%=*}" "${variant[@]}"
 done
-for variant in st_ppo ppo; do
-    run st_ppo desk_$variant --variant $variant
-    run st_ppo late2_$variant --variant $variant "${tuned[@]}" --staleness 2
+for pair in st_ppo=1e-4 ppo=3e-4; do
+    variant=(--variant "${pair%=*}")
+    run st_ppo "desk_${pair%=*}" "${variant[@]}"
+    run st_ppo "late2_${pair%=*}" "${variant[@]}" "${steps[@]}" --learning-rate "${pair#*=}" --staleness 2
 done
 run st_ppo hot_s_triggered --variant s_ppo --scale triggered "${steps[@]}"
 run st_ppo hot_s_step --variant s_ppo --scale step "${steps[@]}"
