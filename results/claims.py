@@ -101,12 +101,12 @@ CLAIMS = {  # algo: name of the table: claim
             "lakes of 6x6: what a turn is credited with", "large lake",
             ("large_episode", "large_step", "large_return_to_go"),
             says="the episode's return is a better credit than the step's own reward, where pay "
-                 "comes late, on large lakes"),
+                 "comes late, on large lakes", baseline="large_return_to_go"),
         "C": Claim(
             "tool desk: what a turn is credited with", "desk",
             ("desk_episode", "desk_step", "desk_return_to_go"),
             says="the episode's return is a better credit than the step's own reward, where pay "
-                 "comes late, on the tool desk"),
+                 "comes late, on the tool desk", baseline="desk_return_to_go"),
         "KL": Claim("Frozen Lake: held to the start policy", "lake", ("lake_aaw", "lake_kl"))},
     "gigpo": {
         "A": Claim(
