@@ -220,7 +220,8 @@ def main(args: Args) -> dict[str, float]:
             # 5. log (evaluation and checkpoints: run.iterations)
             run.log(iteration, episodes, updates, batch,
                     groups_without_signal=groups_without_signal(advantages, args.group_size),
-                    drawn_advantage=advantages[drawn].mean().item())
+                    drawn_advantage=advantages[drawn].mean().item(),
+                    drawn_size=advantages[drawn].abs().mean().item())
         return run.finish()
 
 

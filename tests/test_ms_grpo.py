@@ -215,6 +215,7 @@ def test_what_the_updates_are_given_and_the_log_says_is_drawn_by_the_advantage_o
                                                for i, batch in enumerate(expected) for name, x in batch.items())
     last = rows_of(tmp_path)[-1]
     assert float(last["drawn_advantage"]) == pytest.approx(advantages[drawn].mean(), abs=1e-5)
+    assert float(last["drawn_size"]) == pytest.approx(abs(advantages[drawn]).mean(), abs=1e-5)
     silent = [not advantages[i : i + size].any() for i in range(0, len(advantages), size)]
     assert float(last["groups_without_signal"]) == np.mean(silent) and float(last["optimizer_steps"]) == len(given)
 
@@ -223,7 +224,7 @@ def test_without_signal_there_is_no_update_and_the_cells_are_empty(tmp_path):
     run(tmp_path, env_id="turnrl/FrozenLake-v0", max_turns=1, env_kwargs='{"format_penalty": 0.0}')
     last = rows_of(tmp_path)[-1]
     assert float(last["optimizer_steps"]) == 0 and float(last["groups_without_signal"]) == 1
-    assert not last.get("drawn_advantage") and not last.get("loss")
+    assert not last.get("drawn_advantage") and not last.get("drawn_size") and not last.get("loss")
 
 
 def test_the_kl_is_to_the_start_policy_also_after_a_resume(tmp_path):

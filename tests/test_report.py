@@ -399,7 +399,7 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
         "generated_tokens,seconds,eval_first\n0,0.2,-1,,,,,9,0.1\n1,,,2,0.5,0.25,70,11,\n2,0.6,1,2,,0.75,100,14,0.3\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setitem(report.CLAIMS, "toy", {"A": claims.Claim("t", "toy", ("arm_a", "arm_b"), metric="first", learns="success")})
-    monkeypatch.setitem(report.EXTRA, "toy", report.EXTRA["ms_grpo"] | {"first_groups_without_signal": ("first", None)})
+    monkeypatch.setitem(report.EXTRA, "toy", {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None), "first_groups_without_signal": ("first", None)})
     (tmp_path / "results/toy.csv").write_text("arm,seed,success_end\narm_a,7,0.1\narm_a,10,0.3\narm_b,7,0.4\n")
     report.collect(tmp_path / "runs", "toy")
     row, *others = csv.DictReader(open(tmp_path / "results/toy.csv"))
