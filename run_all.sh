@@ -2,7 +2,7 @@
 # All runs, then results/<script>.csv, and all tables and figures. (The other results/*.csv: tests/benchmarks,
 # docs/figures/credit.png: results/credit.py; the estimator page: results/estimators.py.)
 # Arms of a primary comparison have ten seeds, others five.
-#   ./run_all.sh            everything; about 9 hours on 2 CPU cores (half of all `seconds` in results/). A run that is
+#   ./run_all.sh            everything; about 8 hours on 2 CPU cores (half of all `seconds` in results/). A run that is
 #                           done is skipped.
 #   ./run_all.sh --quick    the same commands with tiny settings into runs/quick, no results written
 #   ./run_all.sh --list     only says which commands these are, one line for every arm
