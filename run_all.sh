@@ -159,7 +159,7 @@ with_seeds 1 2 3 4 5 6 7 8 9 10
 for pair in st_ppo=1e-4 ppo=3e-4; do
     variant=(--variant "${pair%=*}" "${steps[@]}")
     run st_ppo "fresh_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}"
-    run st_ppo "late_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}" --staleness 4
+    run st_ppo "late_${pair%=*}" "${variant[@]}" --learning-rate 1e-4 --staleness 4
     run st_ppo "hot_${pair%=*}" "${variant[@]}"
 done
 with_seeds 1 2 3 4 5
