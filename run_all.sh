@@ -151,7 +151,7 @@ run tree_grpo tree_top20 --keep-top-entropy 0.2 --learning-rate 3e-4
 run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask --learning-rate 3e-4
 # ST-PPO on the tool desk: 2 optimizer steps per batch (A; desk_st_ppo is the default run); 32 steps, each variant with
 # the rate chosen for so many on seeds 11 and 12 (results/rates.csv), on fresh batches (B) and on batches of four
-# iterations ago (C); 32 steps with the rate that is best for 2, where PPO collapses (D); how s_ppo scales there, and a
+# iterations ago (C); 32 steps with the default rate, for 2, where PPO collapses (D); how s_ppo scales there, and a
 # usual cure (E); 32 steps without Adam (F). Ten seeds for the primary comparisons.
 steps=(--num-epochs 4 --num-minibatches 8 --num-iterations 20 --eval-every 2)
 plain=("${steps[@]}" --sgd --learning-rate 0.1)

@@ -71,7 +71,7 @@ class Args(RunArgs):
     variant: Literal["ppo", "turn_ppo", "s_ppo", "st_ppo"] = "st_ppo"  # in brackets: Eq. 1, 2, 7
     # s of s_ppo and st_ppo, Eq. 7: triggered is the paper's (D1); step: on the learning rate (D2)
     scale: Literal["at_most_one", "triggered", "step"] = "at_most_one"
-    sgd: bool = False  # plain SGD instead of AdamW for the policy, so that nothing undoes s (D2)
+    sgd: bool = False  # plain SGD instead of AdamW for the policy, so that Adam cannot undo s (D2)
     clip_low: float = 0.2  # clipping of the ratio from below, Eq. 3
     clip_high: float = 0.2  # clipping of the ratio from above, Eq. 3
     discount: float = 1.0  # per sampled token, Eq. 8

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/rates.py CLAIMS "PATTERN" [RATE ..]          such as: rates.py tree_grpo "tree_*"
 
-CLAIMS and PATTERN as SCRIPTS and ARMS of run_all.sh; 1e-4, 3e-4 and 1e-3 without other rates. One run after the other, one thread each. A run that
-is finished is not made again. Adds its rows to results/rates.csv: success and return at both ends and as
+CLAIMS and PATTERN as SCRIPTS and ARMS of run_all.sh; without RATE: 1e-4, 3e-4 and 1e-3. One run after
+the other, one thread each. A run that is finished is not made again. Adds its rows to results/rates.csv: success and return at both ends and as
 the mean over the evaluations.
 """
 
