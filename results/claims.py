@@ -93,7 +93,9 @@ CLAIMS = {  # algo: name of the table: claim
         "A": Claim(
             "Snake: which episodes are trained on", "snake", ("snake_aaw", "snake_uniform"),
             says="drawing episodes by abs(advantage) beats drawing them evenly, where returns are "
-                 "graded", metric="return", best=2.91),
+                 "graded", metric="return", best=2.91,
+            mechanisms=(("abs(advantage) of what is drawn is larger by", lambda mean: (
+                mean("snake_aaw", "drawn_size") - mean("snake_uniform", "drawn_size")), 0.1),)),
         "B": Claim(
             "lakes of 6x6: what a turn is credited with", "large lake",
             ("large_episode", "large_step", "large_return_to_go"),
@@ -289,7 +291,8 @@ CURVES = {  # algo: columns of metrics.csv that are also compared at equal token
 }
 EXTRA = {  # algo: column of metrics.csv -> (mean over the run, at its end, or, for first_COLUMN, in
     # its first iteration; heading in the tables)
-    "ms_grpo": {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None)},
+    "ms_grpo": {"drawn_advantage": ("mean", None), "drawn_size": ("mean", None),
+                "groups_without_signal": ("mean", None)},
     "gigpo": {"anchored_turns": ("mean", "turns with a partner"),
               "groups_without_signal": ("mean", "groups without signal"),
               "entropy": ("end", "entropy at the end")},

@@ -70,7 +70,7 @@ def collect(folder: Path, algo: str):
             values = [float(row[column_name]) for row in metrics[1:] if row.get(column_name)]
             last = values[-1:] if name.startswith("eval_") else values[-10:]
             chosen = {"mean": values, "first": values[:1], "end": last}[when]
-            extra[name] = np.mean(chosen or [0.0])
+            extra[name] = np.mean(chosen) if chosen else ""
         record = json.loads((summary.parent / "args.json").read_text())
         rows.append({"arm": arm, "seed": seed, **json.loads(summary.read_text()), **areas,
                      "optimizer_steps": sum(int(row["optimizer_steps"]) for row in metrics[1:]),
@@ -143,9 +143,9 @@ def drift_figure(algo: str, arms: list[str]):
 
 
 def column(rows: list[dict[str, str]], arm: str, name: str) -> np.ndarray:
-    """The values of an arm, in the order of its seeds."""
+    """The values of an arm, in the order of its seeds; nan where its script has no such column."""
     of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["seed"]))
-    return np.array([float(row[name]) for row in of_arm])
+    return np.array([float(row[name] or "nan") for row in of_arm])
 
 
 def at_tokens(curves: list[dict[str, str]], arm: str, metric: str, tokens: float) -> np.ndarray:
@@ -227,7 +227,7 @@ def claim_table(algo: str, claim: str) -> str:
     for arm in arms:
         cells = [f"`{arm}`", str(len(values[arm]["end"])),
                  *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in map(values[arm].get, heads)),
-                 *(f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
+                 *("" if np.isnan(x) else f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
                    for x in (column(rows, arm, name).mean() for name in extra))]
         cells += [f"{column(rows, arm, name).mean():.0f}"
                   for name in ("optimizer_steps", "generated_tokens", "seconds")]
