@@ -106,13 +106,14 @@ with_seeds 1 2 3 4 5
 run ufo words_no_penalty --repetition-penalty 0
 run ufo words_constant --decay-base 1
 # Turn budgets: what closes a thought, before training (A) and after it (B; think_turn is the default run); turn limits
-# before (C) and after training (D). Ten seeds for the primary comparisons. Learning rate of A and B chosen on
-# seeds 11 and 12, that of C and D after a first series (docs/log.md).
+# before (C) and after training (D). Ten seeds for the primary comparisons. Learning rates chosen on seeds 11 and 12
+# from 1e-4, 3e-4 and 1e-3 (results/rates.csv).
 with_seeds 1 2 3 4 5 6 7 8 9 10
 run turn_budget think_turn
 run turn_budget think_none --cap none
 with_seeds 1 2 3 4 5
 run turn_budget think_penalty --cap none --overrun-penalty 0.1
+run turn_budget think_turn_penalty --overrun-penalty 0.1
 run turn_budget think_episode --cap episode
 run turn_budget think_none_drop --cap none --drop-thoughts
 with_seeds 1 2 3 4 5 6 7 8 9 10

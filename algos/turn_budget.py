@@ -25,7 +25,7 @@ Changed from ms_grpo.py
 Choices
     C1  --cap none: a thought may fill the context; this ends the episode, without an action.
     C2  --drop-thoughts hides the thoughts of earlier turns: every turn becomes a row of its own.
-    C3  Turn limits come from episodes of the start policy, successes and failures, once per run.
+    C3  Turn limits come from all episodes of a pilot; the warm start imitates limits of any size.
 
     python algos/turn_budget.py        about 1 minute on 2 CPU cores
 """
@@ -221,13 +221,13 @@ def turn_limits(turn_counts: list[int], args: Args) -> tuple[int, int]:
 class TurnLimit(gym.Wrapper):
     """Truncates an episode at its limit, extends the limit once, and says the turns left."""
 
-    def __init__(self, env: gym.Env, limit: int, reminder: bool):
+    def __init__(self, env: gym.Env, limits: tuple[int, int], reminder: bool):
         super().__init__(env)
-        self.limits, self.reminder = (limit, limit), reminder  # at the start, after an extension
+        self.limits, self.reminder = limits, reminder  # when it starts (0: any), after an extension
 
     def reset(self, **kwargs):
-        self.turn, self.limit = 0, self.limits[0]
         observation, info = self.env.reset(**kwargs)
+        self.turn, self.limit = 0, self.limits[0] or self.np_random.integers(1, self.limits[1] + 1)
         return self.remind(observation), info
 
     def step(self, action: str):
@@ -283,10 +283,12 @@ def main(args: Args) -> dict[str, float]:
     if args.group_size < 2:
         stop("--group-size 1: an advantage relative to the group needs at least 2 episodes")
     with Run(args, "turn_budget") as run:
-        envs = [TurnLimit(env, args.max_turns, args.reminder) for env in make_envs(args)]
-        run.eval_envs = [TurnLimit(env, args.max_turns, args.reminder) for env in run.eval_envs]
-        policy = load_policy(args, env=envs[0], kind=BudgetPolicy)
-        policy.set_budget(args, attribute(envs[0], "end_of_thought", "</think>"))
+        full = (args.max_turns, args.max_turns)
+        envs = [TurnLimit(env, full, args.reminder) for env in make_envs(args)]
+        run.eval_envs = [TurnLimit(env, full, args.reminder) for env in run.eval_envs]
+        teacher = TurnLimit(make_envs(args, 1)[0], (0, args.max_turns), args.reminder)  # C3
+        policy = load_policy(args, env=teacher, kind=BudgetPolicy)
+        policy.set_budget(args, attribute(teacher, "end_of_thought", "</think>"))
         optimizer = torch.optim.AdamW(policy.model.parameters(), args.learning_rate, weight_decay=0)
         if args.turn_limit != "none":
             pilot = collect_groups(policy, envs, args, iteration=2**40)  # own random numbers
@@ -317,11 +319,10 @@ def main(args: Args) -> dict[str, float]:
                 updates.append(update(policy, optimizer, batch, args))
 
             # 5. log (evaluation and checkpoints: run.iterations)
-            budget = budget_metrics(policy, episodes)
             run.log(iteration, episodes, updates, batch,
                     groups_without_signal=groups_without_signal(credit, args.group_size),
                     turn_limit_first=envs[0].limits[0], turn_limit_last=envs[0].limits[1],
-                    **{f"train_{name}": value for name, value in budget.items()})
+                    **{f"train_{name}": x for name, x in budget_metrics(policy, episodes).items()})
         return run.finish()
 
 

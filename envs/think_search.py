@@ -17,8 +17,8 @@ Instances: split by seed; two seeds seldom give the same pages (125 to the power
 
 from envs.text_env import TextEnv
 
-REGIMES = {  # fewest and most hops, turns, probability that the scripted player looks again
-    "thoughts": (4, 4, 4, 0.0), "turns": (2, 3, 8, 0.3)}
+REGIMES = {  # fewest and most hops, turns; how often the scripted player looks again, and slips
+    "thoughts": (4, 4, 4, 0.0, 0.0), "turns": (2, 3, 8, 0.3, 0.05)}
 MODULUS, DIGITS = 5, 3
 
 
@@ -31,14 +31,14 @@ and where you go. For "page 3 4 2", the partial sums are 3 2 4: sum 3 2 4 so go 
 
     def __init__(self, regime: str = "thoughts", min_hops: int | None = None,
                  max_hops: int | None = None, max_turns: int | None = None,
-                 look: float | None = None, max_passes: int = 10, format_penalty: float = 0.0,
-                 render_mode: str | None = None):
+                 look: float | None = None, slip: float | None = None, max_passes: int = 10,
+                 format_penalty: float = 0.0, render_mode: str | None = None):
         super().__init__(render_mode)
         if regime not in REGIMES:
             raise ValueError(f"regime {regime!r}: choose from {', '.join(REGIMES)}")
-        self.min_hops, self.max_hops, self.max_turns, self.look = (
+        self.min_hops, self.max_hops, self.max_turns, self.look, self.slip = (
             preset if value is None else value for value, preset in zip(
-                (min_hops, max_hops, max_turns, look), REGIMES[regime], strict=True))
+                (min_hops, max_hops, max_turns, look, slip), REGIMES[regime], strict=True))
         if not 1 <= self.min_hops <= self.max_hops <= self.max_turns:
             raise ValueError(f"{self.min_hops} to {self.max_hops} hops in {self.max_turns} turns")
         self.max_passes, self.format_penalty = max_passes, format_penalty
@@ -87,11 +87,13 @@ and where you go. For "page 3 4 2", the partial sums are 3 2 4: sum 3 2 4 so go 
         return self.page()
 
     def demonstrate(self, rng) -> str:
-        """The partial sums, 1 to `max_passes` times, then the right hop (or a useless look)."""
+        """The partial sums, 1 to `max_passes` times, then the hop they say (or a useless look)."""
         total, thought = 0, ["sum"]
         for digit in self.digits():
             total = (total + digit) % MODULUS
             thought.append(str(total))
+        if self.slip and rng.random() < self.slip:  # in the last sum
+            thought[-1] = str(total := (total + int(rng.integers(1, MODULUS))) % MODULUS)
         command = "look" if rng.random() < self.look else f"go {total}"
         thought *= int(rng.integers(1, self.max_passes + 1))
         return " ".join([*thought, self.end_of_thought.strip(), command])

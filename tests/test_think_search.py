@@ -105,11 +105,11 @@ def test_the_last_right_hop_on_the_last_turn_is_a_termination():
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes_and_what_a_reset_shows(regime):
     """Digits are uniform: each of the five within 5 sigma of a fifth."""
-    low, high, turns, look = REGIMES[regime]
+    low, high, turns, look, slip = REGIMES[regime]
     env, hops, digits = ThinkSearch(regime), [], []
-    assert (env.min_hops, env.max_hops, env.max_turns, env.look) == (low, high, turns, look)
-    own = ThinkSearch(regime, min_hops=1, max_hops=1, max_turns=1, look=0.0)
-    assert (own.min_hops, own.max_hops, own.max_turns, own.look) == (1, 1, 1, 0.0)
+    assert (env.min_hops, env.max_hops, env.max_turns, env.look, env.slip) == (low, high, turns, look, slip)
+    own = ThinkSearch(regime, min_hops=1, max_hops=1, max_turns=1, look=0.0, slip=0.5)
+    assert (own.min_hops, own.max_hops, own.max_turns, own.look, own.slip) == (1, 1, 1, 0.0, 0.5)
     for seed in range(1500):
         observation, info = env.reset(seed=seed)
         hops.append(len(env.pages))
@@ -143,10 +143,31 @@ def test_the_scripted_player_names_the_right_page_and_thinks_one_to_ten_times():
 
 def test_the_scripted_player_looks_in_three_turns_of_ten():
     """Each look costs a turn; what it names is right all the same. 5 sigma."""
-    episodes = demonstrations(ThinkSearch("turns", max_turns=16), list(range(300)), 16, np.random.default_rng(1))
+    env = ThinkSearch("turns", max_turns=16, slip=0.0)
+    episodes = demonstrations(env, list(range(300)), 16, np.random.default_rng(1))
     said = [turn.info["kind"] for episode in episodes for turn in episode.turns]
     assert set(said) == {"hop", "look"}
     assert abs(said.count("look") / len(said) - 0.3) < 5 * (0.21 / len(said)) ** 0.5
     assert np.mean([episode.success for episode in episodes]) > 0.99
-    never = demonstrations(ThinkSearch("turns", look=0.0), list(range(50)), 12, np.random.default_rng(1))
+    never = demonstrations(ThinkSearch("turns", look=0.0, slip=0.0), list(range(50)), 12, np.random.default_rng(1))
     assert all(len(e.turns) == e.start_info["hops"] and e.success for e in never)
+
+
+def test_the_scripted_player_slips_in_the_last_sum_of_every_twentieth_hop():
+    """It goes where its thought says, to each of the four wrong pages alike. 5 sigma."""
+    off, shares = [], {"turns": 0.05, "thoughts": 0.0}
+    for regime, share in shares.items():
+        env = ThinkSearch(regime, look=0.0)
+        played = demonstrations(env, list(range(1500)), 4, np.random.default_rng(2))
+        slips = 0
+        for turn in (turn for e in played for turn in e.turns):
+            a, b, c = (int(digit) for digit in turn.observation.split()[-3:])
+            thought, _, command = turn.action.partition(" so ")
+            first, said = thought.split()[:4], int(command.split()[1])
+            assert first == ["sum", str(a), str((a + b) % 5), str(said)] and thought.split()[-4:] == first
+            off += [(said - a - b - c) % 5] * (said != (a + b + c) % 5)
+            slips += said != (a + b + c) % 5
+        count = sum(len(e.turns) for e in played)
+        assert abs(slips / count - share) <= 5 * (share * (1 - share) / count) ** 0.5
+    counts = np.bincount(off, minlength=5)
+    assert counts[0] == 0 and np.abs(counts[1:] / len(off) - 0.25).max() < 5 * (0.1875 / len(off)) ** 0.5

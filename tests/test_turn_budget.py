@@ -109,15 +109,29 @@ def through(env, need, limits):
     ((45, 62), {44: (True, 44), 46: (True, 46), 62: (True, 62), 63: (False, 62), 90: (False, 62)}),
     ((150, 150), {99: (True, 99), 120: (False, 100)})])
 def test_limits_over_whole_episodes_by_hand(limits, outcomes):
-    assert {need: through(TurnLimit(Needs(), 99, False), need, limits)[0] for need in outcomes} == outcomes
+    assert {need: through(TurnLimit(Needs(), (99, 99), False), need, limits)[0] for need in outcomes} == outcomes
 
 
 def test_reminders_say_the_turns_left_and_an_extension_shows_when_it_is_granted():
-    env = TurnLimit(Needs(), 99, reminder=True)
+    env = TurnLimit(Needs(), (99, 99), reminder=True)
     for _ in range(2):  # a second reset starts a new count
         assert through(env, 9, (2, 4))[1] == ["go left 2", "on left 1", "on left 2", "on left 1", "on left 0"]
     assert through(env, 2, (5, 5))[1] == ["go left 5", "on left 4", "done left 3"]
-    assert through(TurnLimit(Needs(), 99, reminder=False), 2, (5, 5))[1] == ["go", "on", "done"]
+    assert through(TurnLimit(Needs(), (99, 99), reminder=False), 2, (5, 5))[1] == ["go", "on", "done"]
+
+
+def test_a_warm_start_reads_limits_of_every_size_and_is_never_cut_short():
+    """A first limit of 0: one from 1 to 8, the same for the same seed, extended to 8 when it is hit."""
+    firsts = []
+    for seed in [*range(1, 800), 1]:
+        (solved, turns), told = through(TurnLimit(Needs(), (8, 8), reminder=True), seed, (0, 8))
+        left = [int(text.split()[-1]) for text in told]
+        firsts.append(left[0])
+        later = [8 - turn if turn >= left[0] else left[0] - turn for turn in range(turns + 1)]
+        assert left == later and (solved, turns) == (seed <= 8, min(seed, 8))
+    counts = np.bincount(firsts[:-1], minlength=9)
+    assert counts[0] == 0 and len(counts) == 9 and firsts[-1] == firsts[0]
+    assert np.abs(counts[1:] / 799 - 1 / 8).max() < 5 * (7 / 64 / 799) ** 0.5
 
 
 # --- the update and what it reports --------------------------------------------------------------
@@ -376,7 +390,7 @@ QUICK = {"num_prompts": 4, "group_size": 3, "warm_start_steps": 5, "num_iteratio
 @pytest.fixture
 def calls(monkeypatch):
     """(arguments, result) of every call that main makes of these functions."""
-    seen = {name: [] for name in ("collect_groups", "evaluate", "update")}
+    seen = {name: [] for name in ("load_policy", "collect_groups", "evaluate", "update")}
 
     def spy(name, original, *given, **named):
         seen[name].append(((*given, *named.values()), original(*given, **named)))
@@ -458,6 +472,8 @@ def test_turn_limits_come_from_a_pilot_and_stay(tmp_path, calls):
     assert {e.turns[0].observation.split(" ", 2)[2] for e in pilot} == {"left 12"}
     first, last = (int(np.percentile([len(e.turns) for e in pilot], percentile)) for percentile in (50, 75))
     assert first < last < 12 and len(calls["evaluate"]) == 3
+    teacher = calls["load_policy"][0][0][1]
+    assert {teacher.reset(seed=seed)[0].split()[-1] for seed in range(200)} == {str(n) for n in range(1, 13)}
     for episode in one + two + [e for _, (_, played) in calls["evaluate"] for e in played]:
         assert episode.turns[0].observation.endswith(f" left {first}")
         assert len(episode.turns) <= last and episode.truncated == (not episode.terminated)
