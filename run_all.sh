@@ -152,8 +152,8 @@ run tree_grpo tree_top20 --keep-top-entropy 0.2 --learning-rate 3e-4
 run tree_grpo tree_bottom80 --keep-top-entropy 0.2 --invert-entropy-mask --learning-rate 3e-4
 # ST-PPO on the tool desk: 2 optimizer steps per batch (A; desk_st_ppo is the default run); 32 steps, each variant with
 # the rate chosen for so many on seeds 11 and 12 (results/rates.csv), on fresh batches (B) and on batches of four
-# iterations ago (C); 32 steps with the default rate, for 2, where PPO collapses (D); how s_ppo scales there, and a
-# usual cure (E); 32 steps without Adam (F). Ten seeds for the primary comparisons.
+# iterations ago, or two (C); 32 steps with the default rate, for 2, where PPO collapses (D); how s_ppo scales there,
+# and a usual cure (E); 32 steps without Adam (F). Ten seeds for the primary comparisons.
 steps=(--num-epochs 4 --num-minibatches 8 --num-iterations 20 --eval-every 2)
 plain=("${steps[@]}" --sgd --learning-rate 0.1)
 with_seeds 1 2 3 4 5 6 7 8 9 10
@@ -164,6 +164,8 @@ for pair in st_ppo=1e-4 ppo=3e-4; do
     run st_ppo "hot_${pair%=*}" "${variant[@]}"
 done
 with_seeds 1 2 3 4 5
+run st_ppo late2_st_ppo "${steps[@]}" --learning-rate 1e-4 --staleness 2
+run st_ppo late2_ppo --variant ppo "${steps[@]}" --learning-rate 1e-4 --staleness 2
 for pair in s_ppo=1e-4 turn_ppo=1e-4; do
     variant=(--variant "${pair%=*}" "${steps[@]}")
     run st_ppo "fresh_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}"

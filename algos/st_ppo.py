@@ -10,7 +10,7 @@ abstract, reviews and summaries. [n] is equation n of the paper, as these quote 
     Eq. 4  token t binds if A_t > 0 and w_t > 1 + clip_high, or A_t < 0 and w_t < 1 - clip_low
     Eq. 5  C = grad mean_t (w_t A_t if token t binds, else 0)          the clip bias
     Eq. 6  grad J = grad mean_t (w_t A_t) - C     a binding token's own term is flat, not its turn's
-    Eq. 7  AdamW gets s grad J, s = 1 / max(1, |C|)  [7 to 9: 1 / |C|]  (s_ppo, st_ppo; else s = 1)
+    Eq. 7  a step on s grad J, s = 1 / max(1, |C|)  [7 to 9: 1 / |C|]  (s_ppo, st_ppo; else s = 1)
     Eq. 8  A_t = R_t + discount V_next - V_t + discount gae_lambda A_next, whitened once per batch
     Eq. 9  L_critic = 1/2 mean_t max((V - V_target)^2, (clip(V, V_old +- 0.5) - V_target)^2)
 

@@ -52,7 +52,8 @@ def scaled_steps(stress: str) -> tuple[str, Callable, float]:
     return "steps that are scaled", of(f"{stress}_st_ppo", "scaled_steps"), 0.1
 
 
-THOUGHTS = ("think_turn", "think_none", "think_penalty", "think_episode", "think_none_drop")
+THOUGHTS = ("think_turn", "think_none", "think_penalty", "think_turn_penalty", "think_episode",
+            "think_none_drop")
 LIMITS = ("limit_dynamic", "limit_none", "limit_fixed")
 turns_taken_away = (
     "turns that the limit takes away", lambda mean: (
@@ -176,7 +177,8 @@ CLAIMS = {  # algo: name of the table: claim
             says="turn-level ratios and the clip-bias correction beat PPO on fresh batches, each "
                  "with the rate chosen for it", mechanisms=(scaled_steps("fresh"),)),
         "C": Claim(
-            "32 steps, batches 4 iterations old", "desk", ("late_st_ppo", "late_ppo"),
+            "32 steps, batches 4 iterations old", "desk",
+            ("late_st_ppo", "late_ppo", "late2_st_ppo", "late2_ppo"),
             says="turn-level ratios and the clip-bias correction beat PPO on batches of four "
                  "iterations ago, each with the rate chosen for it",
             mechanisms=(scaled_steps("late"),)),
@@ -260,10 +262,11 @@ DEFAULT_ARMS = [  # rows of the first table of docs/results.md: algo, arm, game
 PAIRS = {  # algo: arms that are compared besides, the claim's way
     "archer": [("maze_default", "maze_ppo")],
     "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "bottom80")],
-    "turn_budget": [("think_none", "think_penalty"), ("think_none", "think_none_drop")],
+    "turn_budget": [("think_none", f"think_{other}")
+                    for other in ("penalty", "turn_penalty", "none_drop")],
     "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("fresh", "hot")
                for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]
-    + [("hot_s_step", "hot_s_ppo")]}
+    + [("late2_st_ppo", "late2_ppo"), ("hot_s_step", "hot_s_ppo")]}
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
     "st_ppo": ["train_success", "clip_fraction", "clip_bias_norm", "clip_bias_norm_max",
                "gradient_scale", "approx_kl", "entropy"]}
@@ -274,8 +277,9 @@ EPISODES = 16  # in every iteration of these runs
 LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms[1:]]
 COLLAPSES = [  # arms of ST-PPO whose collapses are counted
     "desk_ppo", "desk_st_ppo", "fresh_ppo", "fresh_turn_ppo", "fresh_s_ppo", "fresh_st_ppo",
-    "late_ppo", "late_st_ppo", "hot_ppo", "hot_turn_ppo", "hot_s_ppo", "hot_st_ppo",
-    "hot_s_triggered", "hot_s_step", "hot_target_kl", "sgd_ppo", "sgd_s_ppo"]
+    "late_ppo", "late_st_ppo", "late2_ppo", "late2_st_ppo", "hot_ppo", "hot_turn_ppo",
+    "hot_s_ppo", "hot_st_ppo", "hot_s_triggered", "hot_s_step", "hot_target_kl", "sgd_ppo",
+    "sgd_s_ppo"]
 CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
     "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
             "eval_distinct_ratio": "distinct answers",
