@@ -117,7 +117,7 @@ run turn_budget think_turn_penalty --overrun-penalty 0.1
 run turn_budget think_episode --cap episode
 run turn_budget think_none_drop --cap none --drop-thoughts
 with_seeds 1 2 3 4 5 6 7 8 9 10
-turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --reminder --warm-start-steps 500
+turns=(--env-kwargs '{"regime": "turns"}' --max-turns 8 --context-limit 160 --reminder --warm-start-steps 700
        --num-iterations 24 --eval-every 8 --learning-rate 1e-4)
 run turn_budget limit_none "${turns[@]}"
 run turn_budget limit_dynamic "${turns[@]}" --turn-limit dynamic
