@@ -48,9 +48,13 @@ def t_quantile(freedom: int, share: float = 0.975) -> float:
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of paired differences, one per seed (Student's t).
 
+    A single seed says nothing: its interval is endless.
+
     >>> [round(x, 3) for x in interval([0.1, 0.2, 0.3])]  # 0.2 +- 4.303 * 0.1 / sqrt(3)
     [-0.048, 0.448]
     """
+    if len(differences) < 2:
+        return -math.inf, math.inf
     half = t_quantile(len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5
     return float(np.mean(differences) - half), float(np.mean(differences) + half)
 

@@ -95,6 +95,10 @@ def test_the_quantile_of_t_is_that_of_the_tables():
         assert judge.t_quantile(freedom) == pytest.approx(value, abs=5e-4)
 
 
+def test_one_seed_decides_nothing():
+    assert judge.interval([0.3]) == (-np.inf, np.inf) and judge.verdict([0.3]) == "inconclusive"
+
+
 def test_a_failed_check_decides_before_the_interval():
     clear = np.array([0.2, 0.21, 0.22])
     fine, failed = judge.Check("a", True), judge.Check("b", False)
