@@ -169,6 +169,7 @@ run st_ppo late2_ppo --variant ppo "${steps[@]}" --learning-rate 1e-4 --stalenes
 for pair in s_ppo=1e-4 turn_ppo=1e-4; do
     variant=(--variant "${pair%=*}" "${steps[@]}")
     run st_ppo "fresh_${pair%=*}" "${variant[@]}" --learning-rate "${pair#*=}"
+    run st_ppo "late_${pair%=*}" "${variant[@]}" --learning-rate 1e-4 --staleness 4
     run st_ppo "hot_${pair%=*}" "${variant[@]}"
 done
 run st_ppo desk_st_ppo

@@ -178,7 +178,7 @@ CLAIMS = {  # algo: name of the table: claim
                  "with the rate chosen for it", mechanisms=(scaled_steps("fresh"),)),
         "C": Claim(
             "32 steps, batches 4 iterations old", "desk",
-            ("late_st_ppo", "late_ppo", "late2_st_ppo", "late2_ppo"),
+            ("late_st_ppo", "late_ppo", "late_s_ppo", "late_turn_ppo", "late2_st_ppo", "late2_ppo"),
             says="turn-level ratios and the clip-bias correction beat PPO on batches of four "
                  "iterations ago, each with the rate chosen for it",
             mechanisms=(scaled_steps("late"),)),
@@ -264,7 +264,7 @@ PAIRS = {  # algo: arms that are compared besides, the claim's way
     "tree_grpo": [("tree_all", f"tree_{share}") for share in ("top50", "bottom80")],
     "turn_budget": [("think_none", f"think_{other}")
                     for other in ("penalty", "turn_penalty", "none_drop")],
-    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("fresh", "hot")
+    "st_ppo": [(f"{stress}_{one}", f"{stress}_{other}") for stress in ("fresh", "late", "hot")
                for one, other in (("turn_ppo", "ppo"), ("s_ppo", "ppo"))]
     + [("late2_st_ppo", "late2_ppo"), ("hot_s_step", "hot_s_ppo")]}
 DIAGNOSTICS = {  # algo: columns of metrics.csv, one row per iteration -> results/<algo>_drift.csv
@@ -277,9 +277,9 @@ EPISODES = 16  # in every iteration of these runs
 LEVEL_ARMS = [*CLAIMS["archer"]["A"].arms, *CLAIMS["archer"]["B"].arms[1:]]
 COLLAPSES = [  # arms of ST-PPO whose collapses are counted
     "desk_ppo", "desk_st_ppo", "fresh_ppo", "fresh_turn_ppo", "fresh_s_ppo", "fresh_st_ppo",
-    "late_ppo", "late_st_ppo", "late2_ppo", "late2_st_ppo", "hot_ppo", "hot_turn_ppo",
-    "hot_s_ppo", "hot_st_ppo", "hot_s_triggered", "hot_s_step", "hot_target_kl", "sgd_ppo",
-    "sgd_s_ppo"]
+    "late_ppo", "late_turn_ppo", "late_s_ppo", "late_st_ppo", "late2_ppo", "late2_st_ppo",
+    "hot_ppo", "hot_turn_ppo", "hot_s_ppo", "hot_st_ppo", "hot_s_triggered", "hot_s_step",
+    "hot_target_kl", "sgd_ppo", "sgd_s_ppo"]
 CURVES = {  # algo: columns of metrics.csv that are also compared at equal tokens -> heading
     "ufo": {"eval_success_at_1": "success at turn 1", "eval_success": "within 5 turns",
             "eval_distinct_ratio": "distinct answers",
