@@ -25,7 +25,7 @@ Changed from ms_grpo.py
 Choices
     C1  --cap none: a thought may fill the context; this ends the episode, without an action.
     C2  --drop-thoughts hides the thoughts of earlier turns: every turn becomes a row of its own.
-    C3  Turn limits come from all episodes of a pilot; the warm start imitates limits of any size.
+    C3  Turn limits come from a pilot's episodes; the warm start imitates first limits of any size.
 
     python algos/turn_budget.py        about 1 minute on 2 CPU cores
 """
