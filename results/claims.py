@@ -135,13 +135,13 @@ CLAIMS = {  # algo: name of the table: claim
     "turn_budget": {
         "A": Claim(
             "what closes a thought, before training", "think", THOUGHTS, at="start",
-            says="closing every thought that is too long makes an untrained policy solve more"),
+            says="closing every thought that is too long makes the start policy solve more"),
         "B": Claim(
             "what closes a thought", "think", THOUGHTS,
             says="training and playing with a cap on every thought beats both without one"),
         "C": Claim(
             "turn limits, before training", "turns", LIMITS, at="start", margin=0.05,
-            says="a limit on the turns that is extended on demand costs an untrained policy "
+            says="a limit on the turns that is extended on demand costs the start policy "
                  "little (at most 0.05)", mechanisms=(turns_taken_away,)),
         "D": Claim(
             "turn limits", "turns", LIMITS, margin=0.05,
