@@ -403,7 +403,7 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
         "generated_tokens,seconds,eval_first\n0,0.2,-1,,,,,9,0.1\n1,,,2,0.5,0.25,70,11,\n2,0.6,1,2,,0.75,100,14,0.3\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setitem(report.CLAIMS, "toy", {"A": claims.Claim("t", "toy", ("arm_a", "arm_b"), metric="first", learns="success")})
-    monkeypatch.setitem(report.EXTRA, "toy", {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None), "first_groups_without_signal": ("first", None)})
+    monkeypatch.setitem(report.EXTRA, "toy", {"drawn_advantage": ("mean", None), "groups_without_signal": ("mean", None), "first_groups_without_signal": ("first", None), "critic_loss": ("mean", None)})
     (tmp_path / "results/toy.csv").write_text("arm,seed,success_end\narm_a,7,0.1\narm_a,10,0.3\narm_b,7,0.4\n")
     report.collect(tmp_path / "runs", "toy")
     row, *others = csv.DictReader(open(tmp_path / "results/toy.csv"))
@@ -413,7 +413,8 @@ def test_collecting_runs_by_hand(tmp_path, monkeypatch):
                    "success_area": "0.4", "return_area": "0", "optimizer_steps": "4",
                    "first_start": "0.1", "first_end": "0.3", "first_area": "0.2",
                    "drawn_advantage": "0.5", "groups_without_signal": "0.5", "first_groups_without_signal": "0.25",
-                   "commit": "0123456789"}
+                   "critic_loss": "", "commit": "0123456789"}, "what the script does not log is blank"
+    assert report.column([row], "arm_a", "return_area") == 0 and np.isnan(report.column([row], "arm_a", "critic_loss"))
     curves = list(csv.DictReader(open(tmp_path / "results/toy_curves.csv")))
     assert [(c["iteration"], c["success"], c["first"]) for c in curves] == [("0", "0.2", "0.1"), ("2", "0.6", "0.3")]
     assert report.at_tokens(curves, "arm_a", "success", 75) == pytest.approx([0.5])
