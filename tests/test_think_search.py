@@ -155,9 +155,9 @@ def test_the_scripted_player_looks_in_three_turns_of_ten():
 
 def test_the_scripted_player_slips_in_the_last_sum_of_every_twentieth_hop():
     """It goes where its thought says, to each of the four wrong pages alike. 5 sigma."""
-    off, shares = [], {"turns": 0.05, "thoughts": 0.0}
-    for regime, share in shares.items():
-        env = ThinkSearch(regime, look=0.0)
+    off = []
+    for regime, slip, share in (("turns", None, 0.05), ("turns", 0.5, 0.5), ("thoughts", None, 0.0)):
+        env = ThinkSearch(regime, look=0.0, slip=slip)
         played = demonstrations(env, list(range(1500)), 4, np.random.default_rng(2))
         slips = 0
         for turn in (turn for e in played for turn in e.turns):
