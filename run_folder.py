@@ -383,7 +383,10 @@ class Run:
                                 f"{episode.transcript()}\n")
             tqdm.tqdm.write(f"iteration {iteration:4d}  success {metrics['success']:.3f}  return "
                             f"{metrics['return']:+.3f}  {self.rows[-1]['seconds']:.0f} s")
-            unreadable = metrics.get("invalid_actions", 0.0)
+            full, unreadable = (metrics.get(x, 0.0) for x in ("overflowed", "invalid_actions"))
+            if iteration == 0 and full > 0.5:
+                print(f"warning: {full:.0%} of the episodes end because the context is full",
+                      file=sys.stderr)
             if iteration == 0 and unreadable > 0.5:
                 steps = 2 * (self.args.warm_start_steps or 10)
                 print(f"warning: {unreadable:.0%} of the answers are unreadable, so little can be "

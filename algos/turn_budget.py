@@ -65,11 +65,11 @@ class Args(RunArgs):
 
     # Algorithm specific arguments
     cap: Literal["none", "episode", "turn"] = "turn"  # on each thought, or on their sum, Eq. 1
-    thought_cap: int = 8  # tokens of a thought, mark included; --cap episode: K times this for all
+    thought_cap: int = 8  # tokens sampled for a thought; --cap episode: K times this for all
     context_limit: int = 112  # tokens of the whole context, C in Eq. 1
     overrun_penalty: float = 0.0  # for a thought longer than thought_cap, or closed there, Eq. 4
     drop_thoughts: bool = False  # show earlier turns without their thoughts
-    turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # a limit below max_turns, Eq. 3
+    turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # percentiles of a pilot, Eq. 3
     reminder: bool = False  # every observation ends with the number of turns left
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 5
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 5

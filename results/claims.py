@@ -56,7 +56,7 @@ THOUGHTS = ("think_turn", "think_none", "think_penalty", "think_turn_penalty", "
             "think_none_drop")
 LIMITS = ("limit_dynamic", "limit_none", "limit_fixed")
 turns_taken_away = (
-    "turns that the limit takes away", lambda mean: (
+    "turns by which the limit is below the game's", lambda mean: (
         mean("limit_none", "turn_limit_last") - mean("limit_dynamic", "turn_limit_last")), 1)
 
 

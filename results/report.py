@@ -218,19 +218,21 @@ def claim_table(algo: str, claim: str) -> str:
     it = CLAIMS[algo][claim]
     arms = it.arms
     rows, _, values = read_claim(algo, claim)
-    heads = {"start": f"{it.metric.replace('_', ' ')} at start", "end": "at the end",
-             "area": "mean over the run"}
-    extra = {name: head for name, (_, head) in EXTRA.get(algo, {}).items() if head}
-    names = ["arm", "seeds", *heads.values(), *extra.values(), "optimizer steps",
-             "generated tokens", "seconds"]
+    heads = {"start": f"{it.metric.replace('_', ' ')} at start"}
+    extra, totals = {}, ()
+    if it.at != "start":
+        heads |= {"end": "at the end", "area": "mean over the run"}
+        extra = {name: head for name, (_, head) in EXTRA.get(algo, {}).items() if head}
+        totals = ("optimizer_steps", "generated_tokens", "seconds")
+    names = ["arm", "seeds", *heads.values(), *extra.values(),
+             *(name.replace("_", " ") for name in totals)]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for arm in arms:
         cells = [f"`{arm}`", str(len(values[arm]["end"])),
                  *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in map(values[arm].get, heads)),
                  *("" if np.isnan(x) else f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
                    for x in (column(rows, arm, name).mean() for name in extra))]
-        cells += [f"{column(rows, arm, name).mean():.0f}"
-                  for name in ("optimizer_steps", "generated_tokens", "seconds")]
+        cells += [f"{column(rows, arm, name).mean():.0f}" for name in totals]
         lines.append("| " + " | ".join(cells) + " |")
     if it.says:
         differences, checks, outcome = judged(algo, claim)
@@ -250,7 +252,7 @@ def claim_table(algo: str, claim: str) -> str:
                 continue
             differences = difference(algo, claim, first, second, moment)
             primary = it.says and (first, second) == arms[:2] and moment == it.at
-            if differences is not None and not primary:
+            if differences is not None and not primary and (it.at != "start" or differences.any()):
                 low, high = judge.interval(differences)
                 count = len(differences)
                 parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")

@@ -480,6 +480,13 @@ def test_turn_limits_come_from_a_pilot_and_stay(tmp_path, calls):
     assert [(r["turn_limit_first"], r["turn_limit_last"]) for r in table(tmp_path)[1:]] == [(first, last)] * 2
 
 
+@pytest.mark.parametrize("tokens,warned", [(40, True), (200, False)])
+def test_a_context_in_which_most_episodes_do_not_fit_is_warned_of(tokens, warned, tmp_path, capsys):
+    flags = {"env_id": "turnrl/ThinkSearch-v0", "context_limit": tokens, "max_turns": 4, "eval_only": True}
+    main(Args(**(QUICK | flags), run_dir=str(tmp_path)))
+    assert ("100% of the episodes end because the context is full" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize("flags,needle", [
     ({"group_size": 1}, "--group-size"), ({"context_limit": 8}, "too much to answer in a context of 8 tokens")])
 def test_bad_flags_get_one_line(flags, needle, tmp_path, capsys):
