@@ -69,7 +69,7 @@ class Args(RunArgs):
     context_limit: int = 112  # tokens of the whole context, C in Eq. 1
     overrun_penalty: float = 0.0  # for a thought longer than thought_cap, or closed there, Eq. 4
     drop_thoughts: bool = False  # show earlier turns without their thoughts
-    turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # percentiles of a pilot, Eq. 3
+    turn_limit: Literal["none", "fixed", "dynamic"] = "none"  # from percentiles of a pilot, Eq. 3
     reminder: bool = False  # every observation ends with the number of turns left
     clip_low: float = 0.2  # clipping of the probability ratio from below, Eq. 5
     clip_high: float = 0.2  # clipping of the probability ratio from above, Eq. 5
@@ -223,7 +223,7 @@ class TurnLimit(gym.Wrapper):
 
     def __init__(self, env: gym.Env, limits: tuple[int, int], reminder: bool):
         super().__init__(env)
-        self.limits, self.reminder = limits, reminder  # when it starts (0: any), after an extension
+        self.limits, self.reminder = limits, reminder  # the first (0: drawn) and the extended one
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)

@@ -252,10 +252,13 @@ def claim_table(algo: str, claim: str) -> str:
                 continue
             differences = difference(algo, claim, first, second, moment)
             primary = it.says and (first, second) == arms[:2] and moment == it.at
-            if differences is not None and not primary and (it.at != "start" or differences.any()):
-                low, high = judge.interval(differences)
-                count = len(differences)
-                parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+            if differences is None or primary:
+                continue
+            if it.at == "start" and not differences.any():  # these arms play alike before training
+                continue
+            low, high = judge.interval(differences)
+            count = len(differences)
+            parts.append(f"{words} {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         if parts:
             lines.append(f"- `{first}` minus `{second}` ({count} seeds): " + "; ".join(parts))
     return "\n".join(lines)

@@ -169,5 +169,7 @@ def test_the_scripted_player_slips_in_the_last_sum_of_every_twentieth_hop():
             slips += said != (a + b + c) % 5
         count = sum(len(e.turns) for e in played)
         assert abs(slips / count - share) <= 5 * (share * (1 - share) / count) ** 0.5
+    played = demonstrations(ThinkSearch("turns"), list(range(1500)), 8, np.random.default_rng(2))
+    assert abs(np.mean([e.success for e in played]) - 0.87) < 0.03, "docs/envs.md"
     counts = np.bincount(off, minlength=5)
     assert counts[0] == 0 and np.abs(counts[1:] / len(off) - 0.25).max() < 5 * (0.1875 / len(off)) ** 0.5
