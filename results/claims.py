@@ -177,7 +177,7 @@ CLAIMS = {  # algo: name of the table: claim
             says="turn-level ratios and the clip-bias correction beat PPO on fresh batches, each "
                  "with the rate chosen for it", mechanisms=(scaled_steps("fresh"),)),
         "C": Claim(
-            "32 steps, batches 4 iterations old", "desk",
+            "32 steps, batches 4 (late2: 2) iterations old", "desk",
             ("late_st_ppo", "late_ppo", "late_s_ppo", "late_turn_ppo", "late2_st_ppo", "late2_ppo"),
             says="turn-level ratios and the clip-bias correction beat PPO on batches of four "
                  "iterations ago, each with the rate chosen for it",

@@ -376,6 +376,7 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
     for axis in axes[panels:]:
         axis.axis("off")
     for axis, claim in zip(axes, claims, strict=False):
+        alike = len({arm.split("_")[0] for arm in claim.arms}) == 1  # in the first part of the name
         for color, arm in enumerate(claim.arms):
             of_arm = [row for row in curves if row["arm"] == arm]
             runs = []  # of every seed: x and y of its evaluations
@@ -387,7 +388,7 @@ def claim_figure(curves: list[dict[str, str]], algo: str):
                 axis.plot(*runs[-1], f"C{color}", linewidth=0.6, alpha=0.5)
             grid = np.linspace(0, min(x[-1] for x, _ in runs), min(len(x) for x, _ in runs))
             axis.plot(grid, np.mean([np.interp(grid, *run) for run in runs], 0), f"C{color}o-",
-                      markersize=3, label=arm.split("_", 1)[1])
+                      markersize=3, label=arm.split("_", 1)[1] if alike else arm)
         axis.set(title=claim.title, ylabel=f"held-out {claim.metric.replace('_', ' ')}",
                  xlabel="generated tokens, thousands" if algo in CURVES else "iteration")
         if claim.metric.startswith("success"):
